@@ -6,7 +6,6 @@ Needs the packages qemu-system-x86, linux-image-amd64, busybox-static, gcc, binu
 """
 from __future__ import annotations
 
-import functools
 import glob
 import lzma
 import os
@@ -15,56 +14,23 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from .layout import IMAGE, LABELS, stub_of
+from .result import Result
+
 HERE = Path(__file__).resolve().parent
-RT, USER = 0x7000, 0x8000                # the guest's supervisor page and user page, gva = gpa
 MAGIC = 0x324B4853
-DONE, PAGE_FAULT, MMIO, GENERAL_PROTECTION, STOPPED = range(5)
 KINDS = {"read": 2, "fetch": 1, "efer": 3, "hwrite": 16, "slot_add": 17, "slot_del": 17, "dirty": 17,
          "dirtylog": 18, "unmap": 19, "quota": 20}
-SIZED = {"read", "write", "or", "and", "xor", "add", "xchg", "cmpxchg", "stos", "movnti", "push", "rep"}
 KEPT = re.compile(r"pf_|mmu_|max_mmu_|invlpg|tlb_flush|remote_tlb_flush|pages_|nx_lpage|insn_emulation|mmio_exits")
 
 
-@dataclass
-class Result:
-    """What KVM did with one op. For MMIO, `mmio` lists (gpa, length, is_write) of the exits."""
-    status: int
-    err: int
-    value: int
-    addr: int
-    mmio: list = field(default_factory=list)
-    stats: dict = field(default_factory=dict)
-
-
-@functools.cache
-def guest() -> tuple[bytes, dict[str, int]]:
-    """The image of the guest's two pages and the address of every label in them."""
-    with tempfile.TemporaryDirectory() as d:
-        subprocess.run(["as", "--64", HERE / "guest.S", "-o", f"{d}/g.o"], check=True)
-        subprocess.run(["ld", "-Ttext", "0", "-e", "0", "--oformat", "binary", f"{d}/g.o", "-o", f"{d}/g.bin"], check=True)
-        lines = subprocess.run(["nm", f"{d}/g.o"], check=True, capture_output=True, text=True).stdout.splitlines()
-        image = Path(f"{d}/g.bin").read_bytes()
-    return image, {p[2]: RT + int(p[0], 16) for p in map(str.split, lines)}
-
-
-def stub_of(op: dict, labels: dict[str, int]) -> tuple[int, int, int]:
-    """(address of the op's instruction, of the way out behind it, bytes of set-up code before it)"""
-    name = op["op"] + (str(op.get("size", 8)) if op["op"] in SIZED else "")
-    name = f"{'u' if op.get('cpl') else 'k'}_{name}"
-    rip = labels[name]
-    setup = labels.get(f"{name}_setup", rip)
-    return rip, labels.get(f"{name}_end", 0), rip - setup
-
-
 def blob(case: dict) -> bytes:
-    labels = guest()[1]
     tops = [g + s for _, g, s, _ in case["slots"]] + [o["addr"] + o["value"] for o in case["ops"] if o["op"] == "slot_add"]
     out = [struct.pack("<14Q", MAGIC, case["memory"], max([case["memory"], *tops]), case["cr0"], case["cr3"], case["cr4"],
                        case["efer"], case["vcpus"], len(case["slots"]), len(case["pages"]), len(case["ops"]),
-                       labels["pf_entry"], labels["gp_entry"], labels["k_user"])]
+                       LABELS["pf_entry"], LABELS["gp_entry"], LABELS["k_user"])]
     out += [struct.pack("<4Q", *s) for s in case["slots"]]
     for gpa, entries in sorted(case["pages"].items()):
         page = bytearray(4096)
@@ -74,7 +40,7 @@ def blob(case: dict) -> bytes:
     for o in case["ops"]:
         kind, arg, rip, end, size = KINDS.get(o["op"], 0), o.get("flags", 0), 0, 0, o.get("size", 8)
         if kind < 16:
-            rip, end, arg = stub_of(o, labels)
+            rip, end, arg = stub_of(o)
         elif kind in (17, 18):
             size = o.get("slot", 0)
         out.append(struct.pack("<4B3I3Q", kind, size, o.get("cpl", 0), o.get("vcpu", 0), arg, rip, end,
@@ -105,7 +71,7 @@ def _build(cases: list[dict], d: str, trace: bool) -> str:
         os.makedirs(f"{root}/{sub}")
     shutil.copy("/bin/busybox", f"{root}/bin/")
     subprocess.run(["gcc", "-O1", "-static", "-o", f"{root}/bin/replay", HERE / "replay.c"], check=True)
-    Path(f"{root}/stub.bin").write_bytes(guest()[0])
+    Path(f"{root}/stub.bin").write_bytes(IMAGE)
     for m in ("virt/lib/irqbypass", "drivers/crypto/ccp/ccp", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd"):
         src = Path(f"{base}/lib/modules/{version}/kernel/{m}.ko")
         data = src.read_bytes() if src.exists() else lzma.open(f"{src}.xz").read()

@@ -8,7 +8,7 @@ import json
 import lzma
 from pathlib import Path
 
-from ..kvm.oracle import Result
+from ..kvm.result import Result
 
 SCHEMA = "shadowkvm-random/1"
 FIELDS = ("addr", "value", "size", "cpl", "vcpu", "expected", "flags", "slot")

@@ -13,14 +13,15 @@ import sys
 import time
 
 from ..kvm import oracle
+from ..kvm.result import STOPPED, Result
 from . import casefile
 from .generator import THEMES, generate
 
 
-def usable(first: list[oracle.Result], second: list[oracle.Result]) -> tuple[int, str]:
+def usable(first: list[Result], second: list[Result]) -> tuple[int, str]:
     """(number of ops that can be kept, why not more)"""
     for i, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a.status == oracle.STOPPED:
+        if a.status == STOPPED:
             return i, f"stopped {a.err:#x}"
         if a.stats.get("insn_emulation_fail"):
             return i, "emulation failure"
