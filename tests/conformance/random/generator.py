@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .memory import (A, D, FULL, G, NX, P, PCD, PS, PWT, SYSCALL, SYSCALL_INDEX, U, W, Cpu, Memory, compose)
+from .memory import (A, D, FULL, G, NX, P, PCD, PS, PWT, SYSCALL, SYSCALL_INDEX, U, USER, W, Cpu, Memory, compose)
 
 MB = 1 << 20
 EXTRA = [(1, 64 * MB), (2, 96 * MB)]                          # slots beside slot 0, and where
@@ -22,7 +22,7 @@ WP, PSE, PGE, SMEP, SMAP = 1 << 16, 1 << 4, 1 << 7, 1 << 20, 1 << 21
 
 # How often each kind of step is taken, by the case's theme; each case then moves every weight at random.
 STEPS = dict(access=30, edit=25, flood=2, alias_edit=6, invlpg=5, cr3=6, crs=1.5, mmio=3, scan=1.5, switch=2, cow=2, cross=1.5, reuse=1, host=1.5,
-             dirty=0, unmap=0, slots=0, quota=0.2)
+             tour=0.1, dirty=0, unmap=0, slots=0, quota=0.2)
 THEMES = {
     "everything": dict(dirty=1, unmap=1, slots=0.6, quota=0.6, host=2),
     "unsync": dict(edit=60, alias_edit=15, cr3=12, invlpg=10, switch=5),
@@ -34,7 +34,7 @@ THEMES = {
     "dirty": dict(dirty=6, host=3, access=50),
     "slots": dict(slots=4, mmio=8),
     "unmap": dict(unmap=8, host=4, edit=30),
-    "quota": dict(quota=2, scan=4, switch=8, alias_edit=10),
+    "quota": dict(quota=2, scan=4, switch=8, alias_edit=10, tour=8),
     "instructions": dict(edit=40, flood=4, alias_edit=12),
     "self": dict(alias_edit=30, edit=10),
 }
@@ -61,17 +61,17 @@ class Odds:
 class Generator:
     def __init__(self, seed: int, theme: str | None = None) -> None:
         self.r = r = random.Random(seed)
-        self.seed, self.theme = seed, theme or r.choice(list(THEMES))
+        self.seed, self.theme = seed, theme or list(THEMES)[seed % len(THEMES)]
         weights = {**STEPS, **THEMES[self.theme]}
         self.weights = {k: v * 10 ** r.uniform(-0.7, 0.7) * (r.random() > 0.1 or k in THEMES[self.theme]) for k, v in weights.items()}
         low = lambda top: r.choice([0, top * r.random() ** 2, top * r.random()])  # noqa: E731
         self.odds = Odds(user=r.choice([0, 0.1, 0.5, 0.9]) if self.theme != "user" else r.uniform(0.6, 0.95),
-                         clear={W: low(0.5), U: low(0.4), A: low(0.4), D: low(0.6)}, nx=low(0.2), reserved=low(0.05), absent=r.uniform(0.02, 0.3),
+                         clear={W: low(0.5), U: low(0.4), A: low(0.4), D: low(0.6)}, nx=low(0.2), reserved=low(0.05), absent=r.uniform(0.01, 0.15),
                          table=r.uniform(0.05, 0.5), device=0.3 if self.theme == "mmio" else low(0.15), large=low(0.3), cross_level=low(0.2),
                          invlpg=r.choice([0, 0.3, 0.7, 1]), partial=low(0.25), locked=low(0.3), identity_user=r.choice([0, 0, 0.3, 1]))
         self.kinds = self.theme == "instructions" or r.random() < 0.15      # other instructions than MOV and locked OR
         self.efer_changes = r.random() < 0.2
-        self.memory_bytes = r.choice([8, 8, 16, 32]) * MB
+        self.memory_bytes = r.choice([8, 8, 16, 32] if self.theme != "quota" else [8]) * MB
         self.mem = Memory()
         self.ops: list[dict] = []
         self.working: list[int] = []
@@ -86,9 +86,10 @@ class Generator:
         mem.slots[0] = (0, self.memory_bytes >> 12, 0)
         if r.random() < 0.5:
             mem.slots[1] = (64 * MB >> 12, r.choice([16, 64, 512]), 0)
-        big = self.theme in ("quota", "roots") or r.random() < 0.2
-        counts = dict(root=r.randint(3, 9), sp3=r.randint(1, 2), sp2=r.randint(1, 2), sp1=r.randint(1, 2), p3=r.randint(1, 5), p2=r.randint(2, 7),
-                      p1=r.randint(3, 24 if big or self.theme == "unsync" else 10))
+        full = self.theme == "quota"
+        big = full or self.theme == "roots" or r.random() < 0.2
+        counts = dict(root=r.randint(6 if full else 3, 9), sp3=r.randint(1, 2), sp2=r.randint(1, 2), sp1=r.randint(1, 2), p3=r.randint(3 if full else 1, 5), p2=r.randint(5 if full else 2, 7),
+                      p1=r.randint(15 if full else 3, 24 if big or self.theme == "unsync" else 10))
         gfns = list(range(0x10, 0x60))
         if r.random() < 0.7:
             r.shuffle(gfns)
@@ -115,7 +116,7 @@ class Generator:
 
     def _fill(self, stub: dict[int, list[int]]) -> None:
         r, mem = self.r, self.mem
-        dense = r.uniform(0.3, 0.95)
+        dense = r.uniform(0.5, 1)
         for level, indices in ((4, self.l4), (3, self.l3), (2, self.l2), (1, self.l1)):
             for g in self.tables[level]:
                 for i in indices:
@@ -165,7 +166,7 @@ class Generator:
         else:
             target = r.choice(self.tables[level - 1])
         for bit, odds in o.clear.items():
-            if r.random() < (odds if level == 1 else odds / 3):
+            if r.random() < (odds if level == 1 else odds / 5):
                 flags &= ~bit
         if r.random() < o.nx:
             flags |= NX
@@ -202,17 +203,17 @@ class Generator:
             i4 = i3 = self.l4[-1]                                     # through self-maps
         return compose(i4, i3, i2, i1)
 
-    def page_va(self) -> int:
-        """A page's address, mostly one that leads somewhere."""
+    def page_va(self, write: bool = False) -> int:
+        """A page's address, mostly one that may be used this way."""
         r = self.r
-        if self.working and r.random() < 0.45:
-            return r.choice(self.working)
-        va = self.fresh_va()
-        for _ in range(r.choice([0, 6, 20, 20])):
-            if self.cpu.walk(self.mem, va):
+        va = r.choice(self.working) if self.working and r.random() < 0.5 else self.fresh_va()
+        for _ in range(r.choice([0, 10, 40, 40])):
+            hit = self.cpu.walk(self.mem, va)
+            if hit and any(self.cpu.allows(hit[1], write, user) for user in (False, True)):
                 break
             va = self.fresh_va()
-        self.working = [*self.working[-11:], va]
+        if va not in self.working:
+            self.working = [*self.working[-11:], va]
         return va
 
     def va_of(self, wanted, tries: int = 40) -> int | None:
@@ -231,12 +232,16 @@ class Generator:
             args["vcpu"] = self.vcpu
         self.ops.append({"op": op, **{k: v for k, v in args.items() if v or k in ("addr", "value")}})
 
-    def user(self) -> int:
-        return 3 if self.r.random() < self.odds.user else 0
+    def user(self, va: int, write: bool = False) -> int:
+        """The CPL of an access to that page: mostly one that may."""
+        user, hit = self.r.random() < self.odds.user, self.cpu.walk(self.mem, va)
+        if hit and self.r.random() < 0.85 and not self.cpu.allows(hit[1], write, user):
+            user = not user
+        return 3 * user
 
     def read(self, va: int, cpl: int | None = None) -> None:
         size = self.r.choice([1, 2, 4, 8, 8, 8])
-        cpl = self.user() if cpl is None else cpl
+        cpl = self.user(va) if cpl is None else cpl
         self.cpu.access(self.mem, va, False, cpl == 3)
         self.emit("read", addr=va, size=size, cpl=cpl)
 
@@ -308,12 +313,12 @@ class Generator:
     # ---- steps
 
     def step_access(self) -> None:
-        r, va = self.r, self.page_va()
-        x = r.random()
+        r, x = self.r, self.r.random()
+        va = self.page_va(x >= 0.62)
         if x < 0.5:
             return self.read(va | r.choice([0, 8, 16, 0x100, 0xEF8, 3, 0x7F]))
         if x < 0.62:
-            cpl = self.user()
+            cpl = self.user(va)
             hit = self.cpu.walk(self.mem, va)
             if hit and self.mem.get(hit[0] >> 12, SYSCALL_INDEX) & 0xFFFF != SYSCALL:
                 return self.read(va)
@@ -323,7 +328,7 @@ class Generator:
 
     def write_through(self, va: int) -> None:
         """A store through this page, with a value that makes sense where it is believed to land."""
-        r, cpl = self.r, self.user()
+        r, cpl = self.r, self.user(va, True)
         hit = self.cpu.walk(self.mem, va)
         gfn = hit[0] >> 12 if hit else 0
         level = self.level_of(gfn) if hit else 0
@@ -332,6 +337,8 @@ class Generator:
             if index not in (0, 7, 8):
                 return self.write_entry(va, gfn, index, self.new_value(level, gfn, index), cpl)
         offset, size = r.choice([8, 16, 0x100, 0x808, 0xEF8]), r.choice([1, 2, 4, 8, 8])
+        if self.kinds and gfn in self.data and r.random() < 0.1:
+            return self.emit("rep", addr=va | 0x200, value=r.choice([1, 3, 8, 40]), expected=r.getrandbits(30) << 1, cpl=cpl)
         if r.random() < 0.15 and gfn and not level:
             return self.locked(va | offset, gfn << 12 | offset, r.getrandbits(30) << 1, cpl)
         self.store(va | offset, (r.getrandbits(30) << 1).to_bytes(8, "little")[:size], cpl)
@@ -396,6 +403,16 @@ class Generator:
         for _ in range(self.r.randint(2, 5)):
             self.step_edit() if self.r.random() < 0.3 else self.step_access()
 
+    def step_tour(self) -> None:
+        """Many addresses in turn under several roots, to use up the page quota."""
+        for root in self.r.sample(self.roots, self.r.randint(1, 3)):
+            self.cpu.cr3 = root << 12
+            self.emit("cr3", addr=self.cpu.cr3)
+            for _ in range(self.r.randint(3, 8)):
+                va = self.va_of(lambda g: g > USER)
+                if va is not None:
+                    self.read(va) if self.r.random() < 0.7 else self.write_through(va)
+
     def step_crs(self) -> None:
         r, c = self.r, self.cpu
         x = r.random()
@@ -421,7 +438,8 @@ class Generator:
             return self.write_entry(gfn << 12, gfn, index, r.choice(MMIO_GFNS) << 12 | FULL & ~r.choice([0, 0, D, W]), 0)
         self.working = [*self.working[-11:], va]
         for _ in range(r.randint(1, 4)):
-            x, cpl = r.random(), self.user()
+            x = r.random()
+            cpl = self.user(va, x >= 0.5)
             if x < 0.5:
                 self.read(va | r.choice([0, 8, 0x10, 0x7FC, 0xFFE]), cpl)
             elif x < 0.9:
@@ -435,14 +453,15 @@ class Generator:
         va = self.page_va()
         write = self.r.random() < 0.3
         for i in range(self.r.randint(4, 20)):
-            self.write_through(va + (i << 12)) if write else self.read(va + (i << 12))
+            at = va & ~0x1FF000 | (va + (i << 12)) & 0x1FF000
+            self.write_through(at) if write else self.read(at)
 
     def step_cow(self) -> None:
         """Write protect, flush, write (fault), make writable again, flush, write."""
-        r, cpl = self.r, self.user()
-        va = self.va_of(lambda g: g in self.data)
+        r, va = self.r, self.va_of(lambda g: g in self.data)
         if va is None:
             return
+        cpl = self.user(va, True)
         gfn, index = self.cpu.walk(self.mem, va)[2][-1]
         old = self.mem.get(gfn, index)
         for value in (old & ~W, old | W | r.choice([0, D, A | D])):
@@ -453,7 +472,10 @@ class Generator:
 
     def step_cross(self) -> None:
         """An access over a page's end; a store leaves the start of the second page as it is."""
-        r, va, cpl = self.r, self.page_va(), self.user()
+        r, va = self.r, self.page_va()
+        if va >> 12 & 511 == 511:
+            return
+        cpl = self.user(va)
         size = r.choice([2, 4, 8])
         at = va + 4096 - r.randint(1, size - 1)
         second = self.cpu.walk(self.mem, va + 4096)
@@ -524,6 +546,8 @@ class Generator:
         self.emit("unmap", addr=gone[0] << 12, value=len(gone) << 12)
         for g in gone:
             old = mem.pages.pop(g, {})
+            if len(old) > 40 and g not in mem.stub:
+                old = {i: old[i] for i in r.sample(sorted(old), 12)}
             keep = g in mem.stub or r.random() < 0.5
             for i, v in old.items():
                 if keep or r.random() < 0.3 or (i == SYSCALL_INDEX and r.random() < 0.7):

@@ -96,16 +96,17 @@ class Cpu:
             gfn = (entry & ADDR) >> 12
         return None
 
+    def allows(self, rights: int, write: bool, user: bool, fetch: bool = False) -> bool:
+        if (user and not rights & U) or (fetch and rights & NX) or (write and not rights & W and (user or self.cr0 & 1 << 16)):
+            return False
+        return user or not rights & U or not self.cr4 >> (20 if fetch else 21) & 1
+
     def access(self, mem: Memory, va: int, write: bool, user: bool, fetch: bool = False) -> int | None:
         """The gpa if the access is allowed, with A and D set on the way; else None."""
         hit = self.walk(mem, va)
-        if hit is None:
+        if hit is None or not self.allows(hit[1], write, user, fetch):
             return None
-        gpa, rights, path = hit
-        if (user and not rights & U) or (fetch and rights & NX) or (write and not rights & W and (user or self.cr0 & 1 << 16)):
-            return None
-        if not user and rights & U and (self.cr4 >> 20 & 1 if fetch else self.cr4 >> 21 & 1):
-            return None
+        gpa, _, path = hit
         for gfn, index in path:
             mem.set(gfn, index, mem.get(gfn, index) | A)
         if write:
