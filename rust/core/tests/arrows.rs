@@ -24,7 +24,8 @@ const LAYERS: &[&[&str]] = &[
 /// The same inside a module. What stands in its mod.rs (struct Shadow, Flush) belongs to all of its files.
 const INNER: &[(&str, &[&[&str]])] = &[(
     "shadow",
-    &[&["spte"], &["page"], &["rmap", "track"], &["pages"], &["unsync"], &["sync"], &["zap"], &["roots"]],
+    // zap before pages and sync: finding and syncing a page may zap it (a ZapList collects what is to be freed).
+    &[&["spte"], &["page"], &["rmap", "track"], &["unsync"], &["make"], &["zap"], &["pages"], &["sync"], &["roots"]],
 )];
 
 /// Modules that only these may name, whatever the layers say: fault/ alone sees the guest's walk and the shadow.
