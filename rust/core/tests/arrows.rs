@@ -411,7 +411,7 @@ fn good_code_passes() {
         ("shadow/rmap.rs", "use super::{Flush, Shadow, page::PageId};\nuse crate::guest::{gpte, mode::Mode};"),
         (
             "shadow/zap.rs",
-            "use super::sync;\nuse crate::shadow::Flush;\npub(in crate::shadow) fn zap() { crate::emit!(1) }",
+            "use super::unsync;\nuse crate::shadow::Flush;\npub(in crate::shadow) fn zap() { crate::emit!(1) }",
         ),
         (
             "fault/mod.rs",
