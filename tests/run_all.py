@@ -19,7 +19,10 @@ def commands() -> list[list[str]]:
     if shutil.which("cargo") is None:
         sys.exit("cargo was not found on PATH; the engine's tests need it (https://rustup.rs)")
     if shutil.which("cargo-nextest"):
-        rust = [["cargo", "nextest", "run", "--locked", "--status-level=fail"], ["cargo", "test", "--locked", "--quiet", "--doc"]]
+        rust = [
+            ["cargo", "nextest", "run", "--locked", "--status-level=fail"],
+            ["cargo", "test", "--locked", "--quiet", "--doc"],
+        ]
     else:
         rust = [["cargo", "test", "--locked", "--quiet"]]
     return [*rust, [sys.executable, "-m", "pytest", "-q", "-n", "auto"]]
