@@ -110,3 +110,16 @@ def parse(text: str) -> list[list[Result]]:
 
 def run(cases: list[dict], **kw) -> list[list[Result]]:
     return parse(boot(cases, **kw))
+
+
+def events(text: str) -> list[list[str]]:
+    """Of the trace of one case (`boot` with trace=True): the events of each op, without time and task."""
+    ops: list[list[str]] = []
+    for line in text.replace("\0", "").splitlines():
+        m = re.match(r"\s*\S+-\d+\s+\[\d+\]\s+\S+\s+[\d.]+: (.*)", line)
+        if m and (mark := re.match(r"tracing_mark_write: op (\d+)", m[1])):
+            ops.append([])
+            assert int(mark[1]) == len(ops) - 1, line
+        elif m and ops:
+            ops[-1].append(m[1].rstrip())
+    return ops

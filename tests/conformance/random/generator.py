@@ -34,7 +34,7 @@ THEMES = {
     "dirty": dict(dirty=6, host=3, access=50),
     "slots": dict(slots=4, mmio=8),
     "unmap": dict(unmap=8, host=4, edit=30),
-    "quota": dict(quota=2, scan=4, switch=8, alias_edit=10, tour=8),
+    "quota": dict(quota=2, scan=4, switch=8, alias_edit=10, tour=12, crs=4),
     "instructions": dict(edit=40, flood=4, alias_edit=12),
     "self": dict(alias_edit=30, edit=10),
 }
