@@ -1,6 +1,6 @@
 """Asks the real KVM (kvm-amd npt=0 under QEMU TCG) what it does with a case.
 
-A case is a dict: memory (bytes present from 0), slots [[id, gpa, size, flags]], cr0 cr3 cr4 efer, vcpus,
+A case is a dict: memory (bytes present from 0), perhaps huge [gpa, end] (host pages of 2 MiB there), slots [[id, gpa, size, flags]], cr0 cr3 cr4 efer, vcpus,
 pages {gpa: {index: qword}}, ops [{"op": name, "addr":, "value":, "size":, "cpl":, "vcpu":, ...}].
 Needs the packages qemu-system-x86, linux-image-amd64, busybox-static, gcc, binutils, cpio.
 """
@@ -28,9 +28,9 @@ KEPT = re.compile(r"pf_|mmu_|max_mmu_|invlpg|tlb_flush|remote_tlb_flush|pages_|n
 
 def blob(case: dict) -> bytes:
     tops = [g + s for _, g, s, _ in case["slots"]] + [o["addr"] + o["value"] for o in case["ops"] if o["op"] == "slot_add"]
-    out = [struct.pack("<14Q", MAGIC, case["memory"], max([case["memory"], *tops]), case["cr0"], case["cr3"], case["cr4"],
+    out = [struct.pack("<16Q", MAGIC, case["memory"], max([case["memory"], *tops]), case["cr0"], case["cr3"], case["cr4"],
                        case["efer"], case["vcpus"], len(case["slots"]), len(case["pages"]), len(case["ops"]),
-                       LABELS["pf_entry"], LABELS["gp_entry"], LABELS["k_user"])]
+                       LABELS["pf_entry"], LABELS["gp_entry"], LABELS["k_user"], *case.get("huge", (0, 0)))]
     out += [struct.pack("<4Q", *s) for s in case["slots"]]
     for gpa, entries in sorted(case["pages"].items()):
         page = bytearray(4096)

@@ -19,8 +19,9 @@
 #define MAGIC 0x324b4853ull
 #define MAX_MMIO 24 // more MMIO exits than this in one op: a guest that repeats for ever
 #define MAX_STATS 128
+#define HUGE (2ull << 20)
 
-struct head { uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, pf_entry, gp_entry, sysret; };
+struct head { uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, pf_entry, gp_entry, sysret, huge, huge_end; };
 struct slot { uint64_t id, gpa, size, flags; };
 struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end; uint64_t addr, value, expected; };
 enum { GUEST, FETCH, READ, WRMSR, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA };
@@ -99,12 +100,27 @@ static struct kvm_segment segment(int selector, int type, int l)
 
 static void read_exact(void *p, size_t n, FILE *f) { if (fread(p, 1, n, f) != n) { puts("short case"); exit(1); } }
 
+// Host pages of 2 MiB for that range of guest memory; without them the recording would be another case.
+static void make_huge(void)
+{
+	char line[256];
+	unsigned long kb, got = 0, want = (head.huge_end - head.huge) >> 10;
+	madvise(ram + head.huge, head.huge_end - head.huge, MADV_HUGEPAGE);
+	for (uint64_t i = head.huge; i < head.huge_end; i += HUGE) *(volatile uint8_t *)(ram + i) = 0; // a read first would give the huge zero page
+	FILE *f = fopen("/proc/self/smaps", "r");
+	while (f && fgets(line, sizeof line, f)) if (sscanf(line, "AnonHugePages: %lu", &kb) == 1) got += kb;
+	if (f) fclose(f);
+	if (got != want) { printf("huge pages: %lu kB instead of %lu\n", got, want); exit(1); }
+}
+
 // Guest memory as far as it is there from the start: every host page of it is touched, so that only KVM's own faults count.
 static void load_memory(FILE *f, const uint8_t *stub)
 {
-	ram = mmap(0, head.backing, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	ram = mmap(0, head.backing + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (ram == MAP_FAILED) { perror("mmap"); exit(1); }
+	ram += -(uintptr_t)ram & (HUGE - 1);
 	madvise(ram, head.backing, MADV_NOHUGEPAGE);
+	if (head.huge_end > head.huge) make_huge();
 	for (uint64_t i = 0; i < head.slots; i++) {
 		struct slot s;
 		read_exact(&s, sizeof s, f);

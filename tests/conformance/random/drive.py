@@ -44,6 +44,8 @@ class Driver:
                 struct.pack_into("<Q", page, i * 8, v)
             vm.write_memory(gpa, bytes(page))
         vm.write_memory(RT, IMAGE)
+        if case.get("huge"):
+            vm.set_host_pages(case["huge"][0], case["huge"][1] - case["huge"][0], "huge-2m")
         for cpu in vm.vcpus:
             cpu.set_sregs(cr0=case["cr0"], cr3=case["cr3"], cr4=case["cr4"], efer=case["efer"])
 

@@ -37,6 +37,7 @@ THEMES = {
     "quota": dict(quota=2, scan=4, switch=8, alias_edit=10, tour=12, crs=4),
     "instructions": dict(edit=40, flood=4, alias_edit=12),
     "self": dict(alias_edit=30, edit=10),
+    "huge": dict(access=45, dirty=2, slots=0.3, reuse=2, quota=0.3),
 }
 
 
@@ -67,11 +68,12 @@ class Generator:
         low = lambda top: r.choice([0, top * r.random() ** 2, top * r.random()])  # noqa: E731
         self.odds = Odds(user=r.choice([0, 0.1, 0.5, 0.9]) if self.theme != "user" else r.uniform(0.6, 0.95),
                          clear={W: low(0.5), U: low(0.4), A: low(0.4), D: low(0.6)}, nx=low(0.2), reserved=low(0.05), absent=r.uniform(0.01, 0.15),
-                         table=r.uniform(0.05, 0.5), device=0.3 if self.theme == "mmio" else low(0.15), large=low(0.3), cross_level=low(0.2),
+                         table=r.uniform(0.05, 0.5), device=0.3 if self.theme == "mmio" else low(0.15), large=r.uniform(0.2, 0.7) if self.theme == "huge" else low(0.3), cross_level=low(0.2),
                          invlpg=r.choice([0, 0.3, 0.7, 1]), partial=low(0.25), locked=low(0.3), identity_user=r.choice([0, 0, 0.3, 1]))
         self.kinds = self.theme == "instructions" or r.random() < 0.15      # other instructions than MOV and locked OR
         self.efer_changes = r.random() < 0.2
         self.memory_bytes = r.choice([8, 8, 16, 32] if self.theme != "quota" else [8]) * MB
+        self.huge = r.choice([(0, 2), (2, 4), (2, 6), (0, 8), (4, 6)]) if self.theme == "huge" else None   # MiB in host pages of 2 MiB
         self.mem = Memory()
         self.ops: list[dict] = []
         self.working: list[int] = []
@@ -88,8 +90,10 @@ class Generator:
             mem.slots[1] = (64 * MB >> 12, r.choice([16, 64, 512]), 0)
         full = self.theme == "quota"
         big = full or self.theme == "roots" or r.random() < 0.2
-        counts = dict(root=r.randint(6 if full else 3, 9), sp3=r.randint(1, 2), sp2=r.randint(1, 2), sp1=r.randint(1, 2), p3=r.randint(3 if full else 1, 5), p2=r.randint(5 if full else 2, 7),
-                      p1=r.randint(15 if full else 3, 24 if big or self.theme == "unsync" else 10))
+        counts = dict(root=r.randint(3, 9), sp3=r.randint(1, 2), sp2=r.randint(1, 2), sp1=r.randint(1, 2), p3=r.randint(1, 5), p2=r.randint(2, 7),
+                      p1=r.randint(3, 24 if big or self.theme == "unsync" else 10))
+        if full:                                              # more tables than the quota of 64 shadow pages
+            counts.update(root=9, p3=r.randint(5, 8), p2=r.randint(8, 11), p1=r.randint(25, 34))
         gfns = list(range(0x10, 0x60))
         if r.random() < 0.7:
             r.shuffle(gfns)
@@ -101,7 +105,7 @@ class Generator:
             mem.stub.update({g: level for g in pages})
         self.data = [g for g in gfns if g < 0x60][:6] + list(range(0x68, 0x68 + r.choice([4, 12, 24]))) + [0x200, 0x201, 0x209, 0x3FF, 0x400, 0x410]
         self.l1 = sorted({g + i for g in r.sample(L1_GROUPS, r.randint(2, 5)) for i in range(r.choice([3, 7, 9])) if g + i < 512 and not 24 <= g + i < 32} | {1, 2})
-        self.l2, self.l3, self.l4 = (sorted({0, *r.sample(x, r.randint(2, len(x)))}) for x in (L2, L3, L4))
+        self.l2, self.l3, self.l4 = (sorted({0, *r.sample(x, len(x) if full else r.randint(2, len(x)))}) for x in (L2, L3, L4))
         self.cpus = [Cpu(r.choice(self.roots) << 12, CR0, 0x20 | (r.random() < 0.15) * SMEP | (r.random() < 0.1) * SMAP, EFER)
                      for _ in range(2 if r.random() < 0.25 else 1)]
         for c in self.cpus:
@@ -109,6 +113,8 @@ class Generator:
         self._fill(stub)
         self.start = dict(memory=self.memory_bytes, slots=[[i, f << 12, n << 12, fl] for i, (f, n, fl) in sorted(mem.slots.items())],
                           cr0=CR0, cr3=self.cpus[0].cr3, cr4=self.cpus[0].cr4, efer=EFER, vcpus=len(self.cpus))
+        if self.huge:
+            self.start["huge"] = [x * MB for x in self.huge]
         for v, c in enumerate(self.cpus[1:], 1):
             if c.cr3 != self.cpus[0].cr3:
                 self.emit("cr3", vcpu=v, addr=c.cr3)
@@ -543,6 +549,8 @@ class Generator:
         gone = [g for g in range(first, first + n) if g not in (7, 8)]
         if r.random() < 0.1 and 1 in mem.slots:
             gone = list(range(mem.slots[1][0], mem.slots[1][0] + mem.slots[1][1]))
+        if self.huge and any(self.huge[0] << 8 <= g < self.huge[1] << 8 for g in gone):
+            return                                                 # the host would split its page: another story
         self.emit("unmap", addr=gone[0] << 12, value=len(gone) << 12)
         for g in gone:
             old = mem.pages.pop(g, {})
