@@ -1,7 +1,10 @@
-"""The guest's two pages as assembled from guest.S: image and addresses, from guest.json, so that a replay needs no assembler.
+"""The guest's two pages as assembled from guest.S: image and addresses.
 
-    python -m tests.conformance.kvm.layout      # writes guest.json anew
+They come from guest.json, so that a replay needs no assembler.
+
+python -m tests.conformance.kvm.layout      # writes guest.json anew
 """
+
 from __future__ import annotations
 
 import base64
@@ -12,7 +15,7 @@ import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RT, USER = 0x7000, 0x8000                # the guest's supervisor page and user page, gva = gpa
+RT, USER = 0x7000, 0x8000  # the guest's supervisor page and user page, gva = gpa
 SIZED = {"read", "write", "or", "and", "xor", "add", "xchg", "cmpxchg", "stos", "movnti", "push", "rep"}
 
 
@@ -20,7 +23,9 @@ def assemble() -> tuple[bytes, dict[str, int]]:
     """The image of the two pages and the address of every label in them."""
     with tempfile.TemporaryDirectory() as d:
         subprocess.run(["as", "--64", HERE / "guest.S", "-o", f"{d}/g.o"], check=True)
-        subprocess.run(["ld", "-Ttext", "0", "-e", "0", "--oformat", "binary", f"{d}/g.o", "-o", f"{d}/g.bin"], check=True)
+        subprocess.run(
+            ["ld", "-Ttext", "0", "-e", "0", "--oformat", "binary", f"{d}/g.o", "-o", f"{d}/g.bin"], check=True
+        )
         lines = subprocess.run(["nm", f"{d}/g.o"], check=True, capture_output=True, text=True).stdout.splitlines()
         image = Path(f"{d}/g.bin").read_bytes()
     return image, {p[2]: RT + int(p[0], 16) for p in map(str.split, lines)}

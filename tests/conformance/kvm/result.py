@@ -1,4 +1,5 @@
 """The outcome of one op."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ DONE, PAGE_FAULT, MMIO, GENERAL_PROTECTION, STOPPED = range(5)
 @dataclass
 class Result:
     """What KVM did with one op. For MMIO, `mmio` lists (gpa, length, is_write) of the exits."""
+
     status: int
     err: int
     value: int

@@ -1,7 +1,8 @@
 """Recorded cases on disk: JSON in xz, by columns, since that packs well (about 3 to 6 bytes for an op and its result).
 
-    cases = load(path)          # dicts as the generator makes them; case["results"] is a list of kvm.oracle.Result
+cases = load(path)          # dicts as the generator makes them; case["results"] is a list of kvm.oracle.Result
 """
+
 from __future__ import annotations
 
 import json
@@ -40,20 +41,40 @@ def _unpack_ops(packed: dict) -> list[dict]:
 def _pack_results(results: list[Result]) -> dict:
     shapes = [[r.status, r.err, r.stats] for r in results]
     table = sorted({json.dumps(s, sort_keys=True) for s in shapes})
-    return {"shapes": [json.loads(t) for t in table], "shape": _join(table.index(json.dumps(s, sort_keys=True)) for s in shapes),
-            "value": _join(r.value for r in results), "addr": _join(r.addr for r in results),
-            "mmio": {str(i): r.mmio for i, r in enumerate(results) if r.mmio}}
+    return {
+        "shapes": [json.loads(t) for t in table],
+        "shape": _join(table.index(json.dumps(s, sort_keys=True)) for s in shapes),
+        "value": _join(r.value for r in results),
+        "addr": _join(r.addr for r in results),
+        "mmio": {str(i): r.mmio for i, r in enumerate(results) if r.mmio},
+    }
 
 
 def _unpack_results(packed: dict) -> list[Result]:
     rows = zip(_split(packed["shape"]), _split(packed["value"]), _split(packed["addr"]), strict=True)
-    return [Result(packed["shapes"][s][0], packed["shapes"][s][1], v, a, [tuple(m) for m in packed["mmio"].get(str(i), [])], dict(packed["shapes"][s][2]))
-            for i, (s, v, a) in enumerate(rows)]
+    return [
+        Result(
+            packed["shapes"][s][0],
+            packed["shapes"][s][1],
+            v,
+            a,
+            [tuple(m) for m in packed["mmio"].get(str(i), [])],
+            dict(packed["shapes"][s][2]),
+        )
+        for i, (s, v, a) in enumerate(rows)
+    ]
 
 
 def save(path: Path | str, cases: list[dict], **meta) -> None:
-    packed = [{**c, "pages": {format(g, "x"): [_join(e), _join(e.values())] for g, e in sorted(c["pages"].items())},
-               "ops": _pack_ops(c["ops"]), "results": _pack_results(c["results"])} for c in cases]
+    packed = [
+        {
+            **c,
+            "pages": {format(g, "x"): [_join(e), _join(e.values())] for g, e in sorted(c["pages"].items())},
+            "ops": _pack_ops(c["ops"]),
+            "results": _pack_results(c["results"]),
+        }
+        for c in cases
+    ]
     text = json.dumps({"schema": SCHEMA, **meta, "cases": packed}, separators=(",", ":"))
     Path(path).write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 

@@ -4,6 +4,7 @@
 
 Prints a table of agreement and, for each case, the first op that differs; exits 1 if any does.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -78,7 +79,9 @@ class Driver:
 
     def host_slot_add(self, op: dict) -> None:
         flags = op.get("flags", 0)
-        self.vm.add_slot(op.get("slot", 0), op["addr"], op["value"], readonly=bool(flags & 2), dirty_log=bool(flags & 1))
+        self.vm.add_slot(
+            op.get("slot", 0), op["addr"], op["value"], readonly=bool(flags & 2), dirty_log=bool(flags & 1)
+        )
 
     def host_slot_del(self, op: dict) -> None:
         self.vm.delete_slot(op.get("slot", 0))
@@ -116,7 +119,9 @@ class Driver:
         if kind == "read":
             return cpu.read(addr, size, user, rip=rip)
         if kind in STORES:
-            return cpu.write(addr, op.get("expected", 0) if kind == "stos" else value, size, user, kind=STORES[kind], rip=rip)
+            return cpu.write(
+                addr, op.get("expected", 0) if kind == "stos" else value, size, user, kind=STORES[kind], rip=rip
+            )
         if kind in RMW:
             expected = {"expected": op.get("expected", 0)} if kind == "cmpxchg" else {}
             return cpu.rmw(addr, value, kind, size, user, rip=rip, **expected)
@@ -167,7 +172,7 @@ def replay(case: dict, label: str, events: bool, verbose: bool, blame: Counter) 
     for i, (op, want) in enumerate(zip(case["ops"], case["results"], strict=True)):
         try:
             got = driver.step(op)
-        except Exception:  # the engine broke: say where, and leave this case
+        except Exception:  # noqa: BLE001 - the engine broke: say where, and leave this case
             print(f"{label} op {i}: {text(op)}\n  expected {show(want)}\n{traceback.format_exc(limit=-3)}")
             return agreed, i if first is None else first
         if same(want, got):
@@ -180,7 +185,9 @@ def replay(case: dict, label: str, events: bool, verbose: bool, blame: Counter) 
             print(f"  op       {text(op)}\n  expected {show(want)}\n  got      {show(got)}")
         if first is None:
             first = i
-            keys = {k for k in {**want.stats, **got.stats} if compared(k) and want.stats.get(k, 0) != got.stats.get(k, 0)}
+            keys = {
+                k for k in {**want.stats, **got.stats} if compared(k) and want.stats.get(k, 0) != got.stats.get(k, 0)
+            }
             blame[f"{op['op']}: {', '.join(sorted(keys)) or 'outcome'}"] += 1
             if events:
                 print("  events of the engine:", *events_of(case, i), sep="\n    ")
@@ -207,7 +214,9 @@ def main() -> int:
     for path in a.files:
         for i, case in enumerate(casefile.load(path)):
             if a.case is None or i == a.case:
-                agreed, first = replay(case, f"{path} case {i} (seed {case['seed']}, {case['theme']})", a.events, a.verbose, blame)
+                agreed, first = replay(
+                    case, f"{path} case {i} (seed {case['seed']}, {case['theme']})", a.events, a.verbose, blame
+                )
                 rows.append((i, case["theme"], agreed, len(case["ops"]), first))
     for i, theme, agreed, n, first in rows:
         if first is not None:

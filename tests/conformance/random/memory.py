@@ -1,14 +1,16 @@
-"""What the generator believes about the guest: its memory, where an address leads, and which writes would cut off the stub pages.
+"""What the generator believes about the guest: its memory, where an address leads, which writes cut off the stubs.
 
-It knows nothing of shadow paging: stale translations make it wrong now and then, which costs a page fault or a shortened case, never correctness.
+It knows nothing of shadow paging: stale translations make it wrong now and then, which costs a page fault or a
+shortened case, never correctness.
 """
+
 from __future__ import annotations
 
 P, W, U, PWT, PCD, A, D, PS, G, NX = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 63)
 FULL = P | W | U | A | D
-ADDR = (1 << 40) - 1 & ~0xFFF            # the guest's MAXPHYADDR is 40
-RT, USER = 7, 8                          # gfns of the stub pages
-SYSCALL_INDEX, SYSCALL = 30, 0x050F      # every page holds a syscall there: a target for instruction fetches
+ADDR = (1 << 40) - 1 & ~0xFFF  # the guest's MAXPHYADDR is 40
+RT, USER = 7, 8  # gfns of the stub pages
+SYSCALL_INDEX, SYSCALL = 30, 0x050F  # every page holds a syscall there: a target for instruction fetches
 
 
 def canonical(va: int) -> int:
@@ -24,8 +26,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.pages: dict[int, dict[int, int]] = {}
-        self.slots: dict[int, tuple[int, int, int]] = {}      # id -> (first gfn, gfns, flags)
-        self.stub: dict[int, int] = {}                        # gfn -> level of the tables on the way to the stub pages
+        self.slots: dict[int, tuple[int, int, int]] = {}  # id -> (first gfn, gfns, flags)
+        self.stub: dict[int, int] = {}  # gfn -> level of the tables on the way to the stub pages
 
     def get(self, gfn: int, index: int) -> int:
         return self.pages.get(gfn, {}).get(index, 0)
@@ -40,7 +42,7 @@ class Memory:
         out = b""
         while len(out) < size:
             at = gpa + len(out)
-            out += self.get(at >> 12, at >> 3 & 511).to_bytes(8, "little")[at & 7:]
+            out += self.get(at >> 12, at >> 3 & 511).to_bytes(8, "little")[at & 7 :]
         return out[:size]
 
     def put(self, gpa: int, data: bytes) -> None:
@@ -61,7 +63,12 @@ class Memory:
             return True
         target = (value & ADDR) >> 12
         if level == 1:
-            return target == index and value & FULL == (FULL if index == USER else FULL & ~U) and not value >> 40 and not value & PS
+            return (
+                target == index
+                and value & FULL == (FULL if index == USER else FULL & ~U)
+                and not value >> 40
+                and not value & PS
+            )
         return self.stub.get(target) == level - 1 and value & FULL == FULL and not value >> 40 and not value & (PS | G)
 
     def safe(self, gpa: int, data: bytes) -> bool:
@@ -86,18 +93,28 @@ class Cpu:
         for level in (4, 3, 2, 1):
             index = va >> 12 + 9 * (level - 1) & 511
             entry = mem.get(gfn, index)
-            if not mem.backed(gfn) or not entry & P or entry >> 40 & 0xFFF or (entry & NX and not self.efer & 0x800) or (level == 4 and entry & (PS | G)):
+            if (
+                not mem.backed(gfn)
+                or not entry & P
+                or entry >> 40 & 0xFFF
+                or (entry & NX and not self.efer & 0x800)
+                or (level == 4 and entry & (PS | G))
+            ):
                 return None
             path.append((gfn, index))
             rights = rights & (entry | ~(W | U)) | entry & NX
             if level == 1 or (entry & PS and level < 4):
                 low = (1 << 12 + 9 * (level - 1)) - 1
-                return (None if entry & ADDR & low & ~0x1FFF else ((entry & ADDR & ~low) | va & low, rights, path))
+                return None if entry & ADDR & low & ~0x1FFF else ((entry & ADDR & ~low) | va & low, rights, path)
             gfn = (entry & ADDR) >> 12
         return None
 
     def allows(self, rights: int, write: bool, user: bool, fetch: bool = False) -> bool:
-        if (user and not rights & U) or (fetch and rights & NX) or (write and not rights & W and (user or self.cr0 & 1 << 16)):
+        if (
+            (user and not rights & U)
+            or (fetch and rights & NX)
+            or (write and not rights & W and (user or self.cr0 & 1 << 16))
+        ):
             return False
         return user or not rights & U or not self.cr4 >> (20 if fetch else 21) & 1
 

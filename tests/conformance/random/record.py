@@ -2,9 +2,10 @@
 
     python -m tests.conformance.random.record OUT.json.xz --cases 20 --ops 300 --seed 1
 
-Every case runs twice; it ends at the first op where the two runs differ (a rescheduling of the host), where the guest left its stubs or hung,
-or where KVM could not emulate. Cases that end too early are replaced by the next seed.
+Every case runs twice; it ends at the first op where the two runs differ (a rescheduling of the host), where the guest
+left its stubs or hung, or where KVM could not emulate. Cases that end too early are replaced by the next seed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -61,10 +62,13 @@ def main() -> int:
         ran += sum(2 * len(c["ops"]) for c in cases)
         kept += [c for c in cases if len(c["ops"]) >= a.least * a.ops]
         seed += n
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    qemu = subprocess.run(
+        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
     casefile.save(a.out, kept, kernel=oracle.kernel()[1], qemu=qemu, cpu="EPYC,+svm", module="kvm_amd npt=0")
     themes = {t: sum(c["theme"] == t for c in kept) for t in THEMES}
-    print(f"{len(kept)} cases, {sum(len(c['ops']) for c in kept)} ops, next seed {seed}, {ran / (time.time() - began):.0f} ops/s, {themes}")
+    speed = ran / (time.time() - began)
+    print(f"{len(kept)} cases, {sum(len(c['ops']) for c in kept)} ops, next seed {seed}, {speed:.0f} ops/s, {themes}")
     return 0
 
 
