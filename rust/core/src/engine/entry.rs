@@ -1,0 +1,72 @@
+//! Entering the guest: requests in KVM's order, and the root (`vcpu_enter_guest`, 6.1).
+
+use crate::cpu::{CpuRole, Requests};
+use crate::fault::Ctx;
+
+impl Ctx<'_> {
+    /// Serves what is pending until nothing is, so that the guest can run. `false`: the vCPU shuts down.
+    #[inline]
+    pub(crate) fn enter(&mut self) -> bool {
+        if self.vcpu.requests == Requests::default() && self.vcpu.root.page.is_some() {
+            return true;
+        }
+        self.enter_slowly()
+    }
+
+    /// A flush that is requested while requests are served cancels the entry, which is then made again.
+    fn enter_slowly(&mut self) -> bool {
+        loop {
+            if !self.serve_requests() {
+                return false;
+            }
+            if self.vcpu.root.page.is_none() {
+                let (loaded, flush) = self.shadow.load_root(self.vcpu);
+                self.pay(flush);
+                if !loaded {
+                    continue;
+                }
+                // Loading flushes the hardware's entries by itself, which KVM does not count.
+            }
+            if self.vcpu.requests == Requests::default() {
+                return true;
+            }
+        }
+    }
+
+    fn serve_requests(&mut self) -> bool {
+        if self.vcpu.requests.check(Requests::FREE_OBSOLETE_ROOTS) {
+            let flush = self.shadow.free_obsolete_roots(self.vcpu);
+            self.pay(flush);
+        }
+        if self.vcpu.requests.check(Requests::MMU_SYNC) {
+            self.sync_roots();
+        }
+        self.vcpu.requests.check(Requests::LOAD_MMU_PGD);
+        if self.vcpu.requests.check(Requests::TLB_FLUSH) {
+            self.vcpu.counters.tlb_flush += 1;
+            self.vcpu.requests.check(Requests::TLB_FLUSH_CURRENT);
+        }
+        if self.vcpu.requests.check(Requests::TLB_FLUSH_CURRENT) {
+            self.vcpu.counters.tlb_flush += 1;
+        }
+        if self.vcpu.requests.check(Requests::TLB_FLUSH_GUEST) {
+            self.vcpu.counters.tlb_flush += 1;
+            self.sync_roots();
+            let flush = self.shadow.free_unsync_prev_roots(self.vcpu);
+            self.pay(flush);
+        }
+        !self.vcpu.requests.check(Requests::TRIPLE_FAULT)
+    }
+
+    fn sync_roots(&mut self) {
+        let flush = self.shadow.sync_roots(self.vcpu);
+        self.pay(flush);
+    }
+
+    /// The paging mode changed: no root fits any more, and walks obey new rules (`kvm_mmu_reset_context`, 6.1).
+    pub(crate) fn reset_context(&mut self) {
+        let flush = self.shadow.free_all_roots(self.vcpu);
+        self.pay(flush);
+        self.vcpu.role = CpuRole::of(&self.vcpu.regs, &self.shadow.config.cpu);
+    }
+}

@@ -1,0 +1,153 @@
+//! The door to the engine: a VM with its vCPUs, one operation at a time.
+
+mod access;
+mod control;
+mod entry;
+mod host;
+mod trace;
+
+pub use control::Control;
+pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
+
+use crate::config::{Config, MAX_MEMORY, MAX_VCPUS};
+use crate::counters::{VcpuCounters, VmCounters};
+use crate::cpu::{Registers, Requests, Vcpu};
+use crate::error::{ConfigError, refuse};
+use crate::events::EventLog;
+use crate::fault::Ctx;
+use crate::memory::Memory;
+use crate::policy::Policy;
+use crate::shadow::{Flush, Shadow};
+use crate::types::{Gpa, PAGE_SIZE};
+
+/// A virtual machine under the shadow MMU.
+#[derive(Debug)]
+pub struct Vm {
+    pub(crate) shadow: Shadow,
+    pub(crate) vcpus: Vec<Vcpu>,
+    /// Addresses of instructions, by the `site` of a trace's rows; entry 0 stands for "none".
+    sites: Vec<u64>,
+}
+
+impl Vm {
+    /// A VM with memslot 0 of `memory` bytes at gpa 0 (host pages present, writable, 4 KiB).
+    ///
+    /// # Errors
+    /// A size that is 0, not page-aligned or too large; no vCPU, or too many.
+    pub fn new(memory: u64, vcpus: usize, config: Config, policy: Box<dyn Policy>, events: u32) -> Result<Self, ConfigError> {
+        if memory == 0 || memory % PAGE_SIZE != 0 || memory > MAX_MEMORY {
+            return refuse!("memory {memory:#x} must be a multiple of 4096 between 4096 and {MAX_MEMORY:#x} bytes");
+        }
+        if vcpus == 0 || vcpus > MAX_VCPUS {
+            return refuse!("vcpus {vcpus} must be 1 to {MAX_VCPUS}");
+        }
+        let shadow = Shadow::new(Memory::new(memory / PAGE_SIZE), config, policy, EventLog::new(events));
+        let vcpus = (0..vcpus).map(|id| Vcpu::new(id as u8, &config.cpu)).collect();
+        let mut vm = Self { shadow, vcpus, sites: vec![0] };
+        vm.add_slot(0, Gpa(0), memory, false, false)?;
+        Ok(vm)
+    }
+
+    /// The VM-wide half of the shadow MMU, to look at.
+    #[must_use]
+    pub const fn shadow(&self) -> &Shadow {
+        &self.shadow
+    }
+
+    /// The vCPUs, to look at.
+    #[must_use]
+    pub fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
+    /// The recorded events; they stay.
+    #[must_use]
+    pub const fn events(&self) -> &EventLog {
+        &self.shadow.events
+    }
+
+    /// Takes the recorded events away.
+    pub fn take_events(&mut self) -> Vec<crate::events::Event> {
+        self.shadow.events.take()
+    }
+
+    /// Statistics of the VM.
+    #[must_use]
+    pub const fn counters(&self) -> &VmCounters {
+        &self.shadow.counters
+    }
+
+    /// The sum of the vCPUs' statistics.
+    #[must_use]
+    pub fn vcpu_counters(&self) -> VcpuCounters {
+        let mut sum = VcpuCounters::default();
+        for vcpu in &self.vcpus {
+            sum.add(&vcpu.counters);
+        }
+        sum
+    }
+
+    /// Sets the table of instruction addresses that a trace's `site` indexes; entry 0 is "none" whatever it holds.
+    pub fn set_sites(&mut self, sites: Vec<u64>) {
+        self.sites = sites;
+    }
+
+    /// Refuses a vCPU number that the VM does not have.
+    ///
+    /// # Errors
+    /// The number is out of range.
+    pub fn check_vcpu(&self, vcpu: usize) -> Result<(), ConfigError> {
+        if vcpu < self.vcpus.len() {
+            return Ok(());
+        }
+        refuse!("vCPU {vcpu} does not exist: the VM has {}, numbered from 0", self.vcpus.len())
+    }
+
+    /// Sets control registers as user space does (`KVM_SET_SREGS`); a difference resets the context.
+    ///
+    /// # Errors
+    /// An impossible or unsupported combination; nothing was changed.
+    pub fn set_sregs(&mut self, vcpu: usize, regs: Registers) -> Result<(), ConfigError> {
+        self.check_vcpu(vcpu)?;
+        regs.check(&self.shadow.config.cpu)?;
+        if self.vcpus[vcpu].regs != regs {
+            self.with(vcpu, |ctx| {
+                ctx.vcpu.regs = regs;
+                ctx.reset_context();
+            });
+        }
+        Ok(())
+    }
+
+    /// Runs `work` with one vCPU and the shadow, then hands the requests that it raised to the other vCPUs.
+    #[inline]
+    pub(crate) fn with<T>(&mut self, vcpu: usize, work: impl FnOnce(&mut Ctx<'_>) -> T) -> T {
+        let mut ctx = Ctx { shadow: &mut self.shadow, vcpu: &mut self.vcpus[vcpu], others: Requests::default() };
+        let out = work(&mut ctx);
+        let others = ctx.others;
+        if others != Requests::default() {
+            for other in self.vcpus.iter_mut().filter(|other| usize::from(other.id) != vcpu) {
+                other.requests.raise(others);
+            }
+        }
+        out
+    }
+
+    /// Pays what a change made by the host owes to all vCPUs.
+    pub(crate) fn pay_all(&mut self, flush: Flush) {
+        self.with(0, |ctx| ctx.pay(flush));
+    }
+
+    /// An operation of `vcpu` begins.
+    #[inline]
+    pub(crate) fn begin(&mut self, vcpu: usize) {
+        self.shadow.events.vcpu = vcpu as u8;
+        self.vcpus[vcpu].counters.x_ops += 1;
+    }
+
+    /// The operation is over.
+    #[inline]
+    pub(crate) fn end(&mut self) {
+        self.shadow.events.op += 1;
+    }
+}

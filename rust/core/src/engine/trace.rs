@@ -1,0 +1,218 @@
+//! Running a trace: a loop over [`Vm::step`], and one row's way to its operation.
+
+use crate::engine::{Control, Vm};
+use crate::error::TraceError;
+use crate::fault::insn::{Action, Insn, RmwKind};
+use crate::ops::{
+    FLAG_AC, FLAG_DELIVERY, FLAG_FAULTS, FLAG_IMPLICIT, FLAG_KEEP, FLAG_USER, OpCode, ROW_BYTES, Row,
+};
+use crate::outcome::{Outcome, Status};
+use crate::types::{Gpa, PAGE_SIZE};
+
+/// Page contents that `PAGE` rows refer to: page number `value` is at `value * 4096`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pages<'a>(pub &'a [u8]);
+
+impl<'a> Pages<'a> {
+    fn get(self, number: u64) -> Option<&'a [u8]> {
+        let start = usize::try_from(number.checked_mul(PAGE_SIZE)?).ok()?;
+        self.0.get(start..start.checked_add(PAGE_SIZE as usize)?)
+    }
+}
+
+/// How a trace is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions<'a> {
+    /// The number of the first row, for errors.
+    pub first_row: u64,
+    /// What `PAGE` rows write.
+    pub pages: Pages<'a>,
+}
+
+/// What a run of rows came to, beside the counters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RunTotals {
+    /// Operations per status, in the order of [`Status::ALL`].
+    pub by_status: [u64; Status::ALL.len()],
+    /// Rows with `FLAG_FAULTS` that took the recorded guest fault.
+    pub faults_matched: u64,
+    /// Rows with `FLAG_FAULTS` that took another fault or none.
+    pub faults_missed: u64,
+    /// Accesses without `FLAG_FAULTS` that took a guest fault.
+    pub faults_unexpected: u64,
+    /// Number of the first row that was missed or unexpected.
+    pub first_mismatch: Option<u64>,
+}
+
+impl Vm {
+    /// Runs one row.
+    ///
+    /// # Errors
+    /// A row that cannot be run: no such vCPU, size, slot or page. Nothing was changed.
+    pub fn step(&mut self, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
+        let vcpu = usize::from(row.vcpu);
+        let fail = |reason: String| TraceError { index, reason };
+        self.check_vcpu(vcpu).map_err(|e| fail(e.0))?;
+        let rip = match self.sites.get(row.site as usize) {
+            _ if row.site == 0 => None,
+            Some(rip) => Some(*rip),
+            None => return Err(fail(format!("site {} is not in the table of {} sites", row.site, self.sites.len()))),
+        };
+        if let Some(action) = action_of(row.op) {
+            let insn = insn_of(row, action, rip).map_err(fail)?;
+            return Ok(self.execute(vcpu, &insn));
+        }
+        let control = match row.op {
+            OpCode::Invlpg => Control::Invlpg(row.addr),
+            OpCode::Cr0 => Control::Cr0(row.value),
+            OpCode::Cr3 => Control::Cr3(row.value),
+            OpCode::Cr4 => Control::Cr4(row.value),
+            OpCode::Efer => Control::Efer(row.value),
+            OpCode::Hlt => Control::Hlt,
+            OpCode::Io => Control::Io,
+            _ => {
+                self.begin(vcpu);
+                let done = self.host_row(row, options).map_err(fail);
+                self.end();
+                return done;
+            }
+        };
+        Ok(self.control(vcpu, control, rip))
+    }
+
+    fn host_row(&mut self, row: &Row, options: &RunOptions<'_>) -> Result<Outcome, String> {
+        let slot = |number: u64| u16::try_from(number).map_err(|_| format!("memslot {number} is out of range"));
+        let mut value = 0;
+        match row.op {
+            OpCode::Page => {
+                let Some(data) = options.pages.get(row.value) else {
+                    let count = options.pages.0.len() as u64 / PAGE_SIZE;
+                    return Err(format!("page {} is not among the {count} pages of the recording", row.value));
+                };
+                if row.addr % PAGE_SIZE != 0 {
+                    return Err(format!("PAGE: gpa {:#x} is not page-aligned", row.addr));
+                }
+                self.write_table_page(Gpa(row.addr), data).map_err(|e| e.to_string())?;
+            }
+            OpCode::HostWrite => {
+                if !(1..=8).contains(&row.size) {
+                    return Err(format!("HOST_WRITE: size {} must be 1 to 8", row.size));
+                }
+                let bytes = &row.value.to_le_bytes()[..usize::from(row.size)];
+                self.write_memory(Gpa(row.addr), bytes).map_err(|e| e.to_string())?;
+            }
+            OpCode::GetDirtyLog => {
+                value = self.get_dirty_log(slot(row.value)?).map_err(|e| e.0)?.len() as u64;
+            }
+            OpCode::SetDirtyLog => {
+                self.set_dirty_log(slot(row.addr)?, row.value != 0).map_err(|e| e.0)?;
+            }
+            OpCode::Unmap => self.notifier_unmap(Gpa(row.addr), row.value).map_err(|e| e.0)?,
+            OpCode::Quota => self.set_page_quota(row.value).map_err(|e| e.0)?,
+            OpCode::SlotAdd => {
+                let (readonly, log) = (row.flags & 1 != 0, row.flags & 2 != 0);
+                self.add_slot(u16::from(row.size), Gpa(row.addr), row.value, readonly, log).map_err(|e| e.0)?;
+            }
+            OpCode::SlotDel => self.delete_slot(u16::from(row.size)).map_err(|e| e.0)?,
+            _ => {}
+        }
+        Ok(Outcome::done(value))
+    }
+
+    /// Runs rows in order, each as [`Vm::step`] does; `each` sees every outcome.
+    ///
+    /// # Errors
+    /// The first row that cannot be run, by its number; the rows before it were run.
+    pub fn run(
+        &mut self,
+        rows: &[u8],
+        options: &RunOptions<'_>,
+        mut each: impl FnMut(&Outcome),
+    ) -> Result<RunTotals, TraceError> {
+        let mut totals = RunTotals::default();
+        let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
+        for (i, bytes) in whole.iter().enumerate() {
+            let index = options.first_row + i as u64;
+            let row = Row::decode(bytes, index)?;
+            let outcome = self.step(&row, options, index)?;
+            totals.note(&row, &outcome, index);
+            each(&outcome);
+        }
+        if rest.is_empty() {
+            return Ok(totals);
+        }
+        let index = options.first_row + whole.len() as u64;
+        Err(TraceError { index, reason: format!("the trace ends inside a row: {} of {ROW_BYTES} bytes", rest.len()) })
+    }
+}
+
+impl RunTotals {
+    /// Adds what followed.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, n) in self.by_status.iter_mut().zip(other.by_status) {
+            *sum += n;
+        }
+        self.faults_matched += other.faults_matched;
+        self.faults_missed += other.faults_missed;
+        self.faults_unexpected += other.faults_unexpected;
+        self.first_mismatch = self.first_mismatch.or(other.first_mismatch);
+    }
+
+    #[inline]
+    fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
+        self.by_status[outcome.status as usize] += 1;
+        let faulted = outcome.status == Status::PageFault;
+        if row.flags & FLAG_FAULTS == 0 && !faulted || action_of(row.op).is_none() {
+            return;
+        }
+        if row.flags & FLAG_FAULTS == 0 {
+            self.faults_unexpected += 1;
+        } else if faulted && u64::from(outcome.error_code) == row.value {
+            self.faults_matched += 1;
+            return;
+        } else {
+            self.faults_missed += 1;
+        }
+        self.first_mismatch.get_or_insert(index);
+    }
+}
+
+const fn action_of(op: OpCode) -> Option<Action> {
+    Some(match op {
+        OpCode::Read => Action::Load,
+        OpCode::Write | OpCode::Store => Action::Store,
+        OpCode::Fetch => Action::Fetch,
+        OpCode::Or => Action::Rmw(RmwKind::Or),
+        OpCode::And => Action::Rmw(RmwKind::And),
+        OpCode::Xor => Action::Rmw(RmwKind::Xor),
+        OpCode::Add => Action::Rmw(RmwKind::Add),
+        OpCode::Xchg => Action::Rmw(RmwKind::Xchg),
+        OpCode::Cmpxchg => Action::Rmw(RmwKind::Cmpxchg),
+        _ => return None,
+    })
+}
+
+fn insn_of(row: &Row, action: Action, rip: Option<u64>) -> Result<Insn, String> {
+    let wide = row.op == OpCode::Store && row.size == 16;
+    if !matches!(row.size, 1..=8) && !wide {
+        return Err(format!("size {} must be 1 to 8 (16 for STORE)", row.size));
+    }
+    Ok(Insn {
+        value: row.value,
+        writes_tables: writes_tables(row.op),
+        user: row.flags & FLAG_USER != 0,
+        ac: row.flags & FLAG_AC != 0,
+        system: row.flags & FLAG_IMPLICIT != 0,
+        delivery: row.flags & FLAG_DELIVERY != 0,
+        keep: row.flags & FLAG_KEEP != 0,
+        rip,
+        ..Insn::new(action, row.addr, row.size)
+    })
+}
+
+/// The instructions that KVM takes for writes to page tables (`page_table_writing_insn`, 6.1): MOV, XCHG, OR, AND,
+/// CMPXCHG (and BTS, BTC, CMPXCHG8B). All others are first tried with the page no longer shadowed.
+#[must_use]
+pub const fn writes_tables(op: OpCode) -> bool {
+    matches!(op, OpCode::Write | OpCode::Or | OpCode::And | OpCode::Xchg | OpCode::Cmpxchg)
+}

@@ -1,0 +1,271 @@
+//! The instruction emulator, as far as the shadow MMU can see it (`x86_emulate_instruction`, 6.1).
+
+use crate::cpu::Vcpu;
+use crate::fault::insn::{Action, Insn, mask, slice};
+use crate::fault::{After, Ctx, Stop};
+use crate::guest::permission::permission_fault;
+use crate::guest::walk::GuestFault;
+use crate::outcome::{Outcome, Status};
+use crate::types::{ErrorCode, Gpa, Gva};
+
+/// What the fault handler tells the emulator.
+#[derive(Clone, Copy, Debug)]
+pub struct Emulation {
+    /// The instruction may be resumed instead (`EMULTYPE_ALLOW_RETRY_PF`).
+    pub allow_retry: bool,
+    /// The target is a table of the access's own walk (`EMULTYPE_WRITE_PF_TO_SP`).
+    pub write_to_table: bool,
+}
+
+/// Where an emulated operand lies.
+#[derive(Clone, Copy, Debug)]
+enum Operand {
+    Ram(Gpa),
+    Mmio(Gpa),
+}
+
+/// What executing told: the value loaded, and the first device that was touched.
+#[derive(Clone, Copy, Debug, Default)]
+struct Effect {
+    value: u64,
+    mmio: Option<u64>,
+    /// A locked exchange met another value than its read: the instruction runs again.
+    again: bool,
+}
+
+impl Ctx<'_> {
+    /// Emulates the instruction whose access to `gva` faulted.
+    pub(crate) fn emulate(&mut self, insn: &Insn, gva: Gva, how: Emulation) -> After {
+        let fetched = self.fetch_for_emulation(insn);
+        self.vcpu.counters.insn_emulation += 1;
+        self.shadow.events.emulate_insn(insn.rip_or_zero(), false);
+        if let Err(stop) = fetched {
+            return self.emulation_failed(insn, gva, how, stop);
+        }
+        if self.retry_instruction(insn, gva, how) {
+            return After::Resume;
+        }
+        match self.execute(insn) {
+            Ok(effect) if effect.again => After::Resume,
+            Ok(Effect { value, mmio: Some(gpa), .. }) => {
+                self.vcpu.counters.mmio_exits += 1;
+                After::Finished(Outcome { status: Status::Mmio, value, error_code: 0, address: gpa })
+            }
+            Ok(effect) => After::Finished(Outcome::done(effect.value)),
+            Err(fault) => After::Finished(self.inject(fault)),
+        }
+    }
+
+    /// Reads the instruction's bytes, unless the CPU handed them over (decode assists do, except for a fetch fault).
+    /// Also used where an instruction is skipped or emulated without a fault.
+    pub(crate) fn fetch_for_emulation(&mut self, insn: &Insn) -> Result<(), Stop> {
+        let rip = match insn.action {
+            Action::Fetch => insn.gva,
+            _ if self.shadow.config.cpu.decode_assists => return Ok(()),
+            _ => match insn.rip {
+                Some(rip) => Gva(rip),
+                None => return Ok(()),
+            },
+        };
+        self.walk_for_bytes(rip, insn.user)
+    }
+
+    pub(crate) fn walk_for_bytes(&mut self, rip: Gva, user: bool) -> Result<(), Stop> {
+        let walk = self.walk(rip, ErrorCode::F.with(ErrorCode::U.when(user)), false)?;
+        if self.shadow.memory.slot(walk.gfn).is_some() { Ok(()) } else { Err(Stop::NoBytes) }
+    }
+
+    /// An instruction that does not write page tables is resumed once at a place, with the page it hit no longer
+    /// shadowed (`retry_instruction`, 6.1).
+    fn retry_instruction(&mut self, insn: &Insn, gva: Gva, how: Emulation) -> bool {
+        let here = (insn.rip_or_zero(), gva.0);
+        let last = std::mem::take(&mut self.vcpu.last_retry);
+        let writes_tables = match insn.action {
+            Action::Store | Action::Rmw(_) => insn.writes_tables,
+            Action::Load | Action::Fetch => false,
+        };
+        if !how.allow_retry || writes_tables || last == here {
+            return false;
+        }
+        self.vcpu.last_retry = here;
+        self.unprotect_address(gva, insn);
+        self.vcpu.counters.x_retries += 1;
+        true
+    }
+
+    fn unprotect_address(&mut self, gva: Gva, insn: &Insn) -> bool {
+        match self.walk(gva, ErrorCode::W.with(ErrorCode::U.when(insn.user)), insn.ac) {
+            Ok(walk) => {
+                let there = self.shadow.memory.slot(walk.gfn).is_some();
+                if there {
+                    let flush = self.shadow.unprotect(walk.gfn);
+                    self.pay(flush);
+                }
+                there
+            }
+            Err(_) => true,
+        }
+    }
+
+    /// The instruction cannot be decoded (`reexecute_instruction` and `handle_emulation_failure`, 6.1).
+    fn emulation_failed(&mut self, insn: &Insn, gva: Gva, how: Emulation, stop: Stop) -> After {
+        if how.allow_retry && self.unprotect_address(gva, insn) && !how.write_to_table {
+            self.vcpu.counters.x_retries += 1;
+            return After::Resume;
+        }
+        if let Stop::Fault(fault) = stop {
+            return After::Finished(self.inject(fault));
+        }
+        self.shadow.events.emulate_insn(insn.rip_or_zero(), true);
+        self.vcpu.counters.insn_emulation_fail += 1;
+        self.shadow.events.inj_exception(6, 0, false);
+        After::Finished(Outcome::of(if insn.user { Status::InvalidOpcode } else { Status::InternalError }))
+    }
+
+    fn execute(&mut self, insn: &Insn) -> Result<Effect, GuestFault> {
+        let mut effect = Effect::default();
+        match insn.action {
+            Action::Load | Action::Fetch => self.emulated_read(insn, &mut effect)?,
+            // REP: every element that is left, one after the other, in this one exit.
+            Action::Store => {
+                for element in 0..insn.repeat {
+                    self.emulated_write(&insn.element(element), insn.value, &mut effect)?;
+                }
+            }
+            Action::Rmw(_) => {
+                self.emulated_read(insn, &mut effect).map_err(|fault| GuestFault {
+                    // The operand is written as well, and the fault says so although the walk did not.
+                    code: fault.code.with(ErrorCode::W),
+                    ..fault
+                })?;
+                let (new, _) = insn.compute(effect.value);
+                if insn.locked {
+                    self.emulated_cmpxchg(insn, effect.value, new, &mut effect)?;
+                } else {
+                    self.emulated_write(insn, new, &mut effect)?;
+                }
+            }
+        }
+        effect.value &= mask(insn.size);
+        if insn.action == Action::Store {
+            effect.value = 0;
+        }
+        Ok(effect)
+    }
+
+    /// Finds an operand (`vcpu_mmio_gva_to_gpa`, 6.1): by the MMIO cache, or by a walk.
+    fn locate(&mut self, insn: &Insn, gva: Gva, write: bool) -> Result<Operand, GuestFault> {
+        let user = insn.user && !insn.implicit();
+        let mut access = ErrorCode::U.when(user).with(ErrorCode::W.when(write));
+        let cached = self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
+        if cached && !permission_fault(&self.vcpu.role, self.vcpu.mmio.access, access, insn.ac) {
+            let gpa = Gpa(self.vcpu.mmio.gfn.gpa().0 | gva.offset());
+            self.shadow.events.match_mmio(gva, gpa, write, false);
+            return Ok(Operand::Mmio(gpa));
+        }
+        access = access.with(ErrorCode::IMPLICIT.when(insn.implicit()));
+        let walk = self.walk(gva, access, insn.ac)?;
+        let gpa = Gpa(walk.gfn.gpa().0 | gva.offset());
+        // The default page of the local APIC is a device whatever the slots say.
+        if gpa.gfn().0 == APIC_GFN {
+            return Ok(Operand::Mmio(gpa));
+        }
+        if mmio_gfn_matches(self.vcpu, gpa, self.shadow.memory.generation) {
+            self.shadow.events.match_mmio(gva, gpa, write, true);
+            return Ok(Operand::Mmio(gpa));
+        }
+        Ok(match self.shadow.memory.slot(walk.gfn) {
+            Some(slot) if !(write && slot.readonly) => Operand::Ram(gpa),
+            _ => Operand::Mmio(gpa),
+        })
+    }
+
+    fn emulated_read(&mut self, insn: &Insn, effect: &mut Effect) -> Result<(), GuestFault> {
+        let mut done = 0;
+        for (gva, size) in insn.pieces() {
+            if size == 0 {
+                continue;
+            }
+            let piece = match self.locate(insn, gva, false)? {
+                Operand::Ram(gpa) => self.read_ram(gpa, size.min(8)),
+                Operand::Mmio(gpa) => {
+                    effect.mmio.get_or_insert(gpa.0);
+                    // User space answers with all ones, as a bus does where no device is.
+                    self.shadow.events.mmio(0, size, gpa, 0);
+                    self.shadow.events.mmio(1, size, gpa, mask(size));
+                    mask(size)
+                }
+            };
+            if done < 8 {
+                effect.value |= piece << (done * 8);
+            }
+            done += size;
+        }
+        Ok(())
+    }
+
+    /// Stores an operand, one page after the other: walk, store and shadow of the first part come before the walk of
+    /// the second (`emulator_read_write`, 6.1).
+    fn emulated_write(&mut self, insn: &Insn, value: u64, effect: &mut Effect) -> Result<(), GuestFault> {
+        let mut done = 0;
+        for (gva, size) in insn.pieces() {
+            if size == 0 {
+                continue;
+            }
+            let part = slice(value, done, size);
+            match self.locate(insn, gva, true)? {
+                Operand::Ram(gpa) => self.write_ram(insn, gpa, size, part),
+                Operand::Mmio(gpa) => {
+                    effect.mmio.get_or_insert(gpa.0);
+                    self.shadow.events.mmio(2, size, gpa, part);
+                }
+            }
+            done += size;
+        }
+        Ok(())
+    }
+
+    fn write_ram(&mut self, insn: &Insn, gpa: Gpa, size: u8, value: u64) {
+        self.host_makes_writable(gpa.gfn());
+        if !insn.keep {
+            self.shadow.memory.host.write(gpa, size.min(8), value);
+            if size > 8 {
+                self.shadow.memory.host.write(Gpa(gpa.0 + 8), size - 8, 0);
+            }
+        }
+        self.shadow.memory.mark_dirty(gpa.gfn());
+        let flush = self.shadow.pte_write(gpa, size);
+        self.pay(flush);
+    }
+
+    /// A locked exchange (`emulator_cmpxchg_emulated`, 6.1): always walks; what is not RAM, or crosses a line, is
+    /// written the ordinary way after it.
+    fn emulated_cmpxchg(&mut self, insn: &Insn, old: u64, new: u64, effect: &mut Effect) -> Result<(), GuestFault> {
+        let crosses_line = insn.size > 8 || insn.gva.0 % 64 + u64::from(insn.size) > 64;
+        if crosses_line {
+            return self.emulated_write(insn, new, effect);
+        }
+        let user = insn.user && !insn.implicit();
+        let access = ErrorCode::W.with(ErrorCode::U.when(user)).with(ErrorCode::IMPLICIT.when(insn.implicit()));
+        let walk = self.walk(insn.gva, access, insn.ac);
+        let ram = walk.ok().filter(|w| self.shadow.memory.slot(w.gfn).is_some_and(|slot| !slot.readonly));
+        let Some(walk) = ram else { return self.emulated_write(insn, new, effect) };
+        let gpa = Gpa(walk.gfn.gpa().0 | insn.gva.offset());
+        let now = self.read_ram(gpa, insn.size);
+        self.host_makes_writable(gpa.gfn());
+        if now != old & mask(insn.size) {
+            // The value came from a device that has become RAM since: nothing is written, the guest tries again.
+            effect.again = true;
+            return Ok(());
+        }
+        self.write_ram(insn, gpa, insn.size, new);
+        Ok(())
+    }
+}
+
+fn mmio_gfn_matches(vcpu: &Vcpu, gpa: Gpa, generation: u64) -> bool {
+    vcpu.mmio.gfn == gpa.gfn() && vcpu.mmio.gfn.0 != 0 && vcpu.mmio.generation == generation
+}
+
+/// The frame of the local APIC's default page.
+const APIC_GFN: u64 = 0xfee00;

@@ -1,0 +1,237 @@
+//! Building the shadow path to a faulting address (`FNAME(fetch)`, 6.1).
+
+use crate::config::PREFETCH;
+use crate::fault::Ctx;
+use crate::fault::page_fault::Fault;
+use crate::guest::gpte::Gpte;
+use crate::guest::walk::GuestWalk;
+use crate::memory::Host;
+use crate::outcome::RetPf;
+use crate::role::Role;
+use crate::shadow::make::Leaf;
+use crate::types::{Access, Gfn, Level, PageId, Pfn, SptePos};
+
+/// How large the leaf becomes (`kvm_mmu_hugepage_adjust`, 6.1).
+#[derive(Clone, Copy, Debug)]
+struct Goal {
+    /// The level that the leaf gets.
+    level: Level,
+    /// The level that it could get if execution were no concern.
+    requested: Level,
+    /// It was to be split because the guest executes from it.
+    disallowed: bool,
+}
+
+impl Ctx<'_> {
+    /// Links tables down to the leaf of the guest's walk, then direct ones below a large guest page, and makes the
+    /// leaf. `Retry` if a guest entry changed in the meantime.
+    pub(crate) fn fetch(&mut self, fault: &mut Fault, walk: &GuestWalk, root: PageId) -> RetPf {
+        let mut group = [Gpte(0); PREFETCH];
+        if self.gpte_changed(fault, walk, self.vcpu.role.level, &mut group) {
+            return RetPf::Retry;
+        }
+        let mut id = root;
+        for level in (walk.level.0 + 1..=self.vcpu.role.level.0).rev() {
+            match self.descend_indirect(id, Level(level), fault, walk, &mut group) {
+                Some(child) => id = child,
+                None => return RetPf::Retry,
+            }
+        }
+        let mut goal = self.hugepage_adjust(fault);
+        let pfn = fault.pfn.map(|pfn| pfn.0);
+        self.shadow.events.spte_requested(fault.gfn.0, pfn, goal.level.0);
+        let mut level = walk.level;
+        let (pos, base) = loop {
+            self.shadow.arena[id].flood = 0;
+            let pos = id.entry(fault.gva.index(level));
+            if self.shadow.config.nx_huge_pages && level == goal.level && level > Level::PT {
+                self.disallowed_hugepage_adjust(pos, &mut goal);
+            }
+            let base = fault.gfn.round(level);
+            if level == goal.level {
+                break (pos, base);
+            }
+            id = self.descend_direct(pos, base, walk.pte_access, &goal);
+            level = level.down();
+        };
+        let leaf = Leaf {
+            gfn: base,
+            access: walk.pte_access,
+            pfn: fault.pfn.map(|pfn| Pfn(pfn.0 & !(level.pages() - 1))),
+            host_writable: fault.map_writable,
+            prefetch: false,
+            write: fault.write,
+        };
+        let (result, flush) = self.shadow.set_leaf(pos, &leaf);
+        self.pay(flush);
+        self.vcpu.counters.pf_mmio_spte_created += u64::from(leaf.pfn.is_none());
+        if result != RetPf::Spurious {
+            self.prefetch_around(pos, &group);
+        }
+        result
+    }
+
+    /// Reads the guest's entry of a level again; at level 1 the whole group of 8, which prefetch uses
+    /// (`FNAME(gpte_changed)`, 6.1).
+    fn gpte_changed(&mut self, fault: &Fault, walk: &GuestWalk, level: Level, group: &mut [Gpte; PREFETCH]) -> bool {
+        let at = usize::from(level.0) - 1;
+        let (table, index) = (walk.tables[at], fault.gva.index(level));
+        let Some(now) = self.shadow.read_gpte_atomic(table, index) else { return true };
+        if level == Level::PT {
+            *group = self.shadow.memory.host.entry_group(table, index).map(Gpte);
+        }
+        now != walk.ptes[at]
+    }
+
+    /// One step down a guest table: finds or makes the page below and links it. `None`: the guest's entry changed.
+    fn descend_indirect(
+        &mut self,
+        id: PageId,
+        level: Level,
+        fault: &Fault,
+        walk: &GuestWalk,
+        group: &mut [Gpte; PREFETCH],
+    ) -> Option<PageId> {
+        self.shadow.arena[id].flood = 0;
+        let pos = id.entry(fault.gva.index(level));
+        let below = usize::from(level.0) - 2;
+        let role = self.shadow.arena[id].role.child(false, walk.pt_access[below]);
+        let gfn = walk.tables[below];
+        let new = (!self.shadow.is_linked(pos, gfn, role)).then(|| self.find_child(gfn, role));
+        if self.gpte_changed(fault, walk, level.down(), group) {
+            return None;
+        }
+        Some(self.link_if_new(pos, new))
+    }
+
+    fn find_child(&mut self, gfn: Gfn, role: Role) -> PageId {
+        let (child, flush) = self.shadow.get_page(gfn, role, &self.vcpu.role);
+        self.pay(flush);
+        if self.shadow.arena[child].unsync_children > 0 {
+            let flush = self.shadow.sync_children(child, &self.vcpu.role);
+            self.pay(flush);
+        }
+        child
+    }
+
+    fn link_if_new(&mut self, pos: SptePos, new: Option<PageId>) -> PageId {
+        if let Some(child) = new {
+            let flush = self.shadow.link(pos, child);
+            self.pay(flush);
+        }
+        self.shadow.spte(pos).child()
+    }
+
+    fn hugepage_adjust(&mut self, fault: &Fault) -> Goal {
+        let disallowed = fault.fetch && self.shadow.config.nx_huge_pages;
+        let small = Goal { level: Level::PT, requested: Level::PT, disallowed };
+        if fault.max_level == Level::PT || fault.pfn.is_none() {
+            return small;
+        }
+        let Some(slot) = self.shadow.memory.slot(fault.gfn) else { return small };
+        if slot.logs_dirty() {
+            return small;
+        }
+        let top = fault.max_level.min(if self.shadow.config.cpu.gbpages { Level::PDPT } else { Level::PD });
+        let mut requested = top;
+        while requested > Level::PT && !slot.allows_large(fault.gfn, requested) {
+            requested = requested.down();
+        }
+        requested = requested.min(self.shadow.memory.host.state(fault.gfn).level());
+        Goal { level: if disallowed { Level::PT } else { requested }, requested, disallowed }
+    }
+
+    /// A huge page that was split for execution stays split where a table is linked already
+    /// (`disallowed_hugepage_adjust`, 6.1).
+    fn disallowed_hugepage_adjust(&self, pos: SptePos, goal: &mut Goal) {
+        if self.shadow.spte(pos).is_table(goal.level.0) {
+            goal.level = goal.level.down();
+        }
+    }
+
+    /// One step down below a large guest page: a direct page with the rights of the walk.
+    fn descend_direct(&mut self, pos: SptePos, base: Gfn, access: Access, goal: &Goal) -> PageId {
+        let level = self.shadow.arena[pos.page()].level();
+        let role = self.shadow.arena[pos.page()].role.child(true, access);
+        let spte = self.shadow.spte(pos);
+        if spte.is_table(level.0) && self.shadow.arena[spte.child()].role.access() != access {
+            // The rights of the large page changed (validate_direct_spte, 6.1).
+            self.shadow.unlink_child(pos);
+            self.pay(crate::shadow::Flush::when(true));
+        }
+        if self.shadow.is_linked(pos, base, role) {
+            return self.shadow.spte(pos).child();
+        }
+        let (child, flush) = self.shadow.get_page(base, role, &self.vcpu.role);
+        self.pay(flush);
+        let child = self.link_if_new(pos, Some(child));
+        if goal.disallowed && goal.requested >= level && !self.shadow.arena[child].nx_split {
+            self.shadow.arena[child].nx_split = true;
+            self.shadow.counters.nx_lpage_splits += 1;
+        }
+        child
+    }
+
+    /// Fills the neighbours of a faulting entry (`FNAME(pte_prefetch)`, 6.1).
+    fn prefetch_around(&mut self, pos: SptePos, group: &[Gpte; PREFETCH]) {
+        let id = pos.page();
+        if self.shadow.arena[id].level() > Level::PT {
+            return;
+        }
+        let view = self.shadow.page_view(id);
+        if !self.shadow.policy.prefetch(&view) {
+            return;
+        }
+        let first = pos.index() & !(PREFETCH - 1);
+        if self.shadow.arena[id].role.direct() {
+            self.prefetch_direct(id, first, pos.index());
+            return;
+        }
+        for (i, gpte) in group.iter().enumerate() {
+            let at = id.entry(first + i);
+            if at == pos || self.shadow.spte(at).present() {
+                continue;
+            }
+            let (go_on, flush) = self.shadow.prefetch_gpte(at, *gpte, &self.vcpu.role, true);
+            self.pay(flush);
+            if !go_on {
+                return;
+            }
+        }
+    }
+
+    /// The same in a direct page (`__direct_pte_prefetch`, 6.1): runs of empty entries, each up to the first page that
+    /// the host does not have ready. A run that cannot even begin ends it all.
+    fn prefetch_direct(&mut self, id: PageId, first: usize, faulting: usize) {
+        let mut start = None;
+        for index in first..=first + PREFETCH {
+            let pos = id.entry(index.min(first + PREFETCH - 1));
+            let ends = index == first + PREFETCH || index == faulting || self.shadow.spte(pos).present();
+            match (ends, start) {
+                (false, None) => start = Some(index),
+                (true, Some(from)) => {
+                    start = None;
+                    if !self.prefetch_run(id, from, index) {
+                        return;
+                    }
+                }
+                (false, Some(_)) | (true, None) => {}
+            }
+        }
+    }
+
+    fn prefetch_run(&mut self, id: PageId, from: usize, to: usize) -> bool {
+        let access = self.shadow.arena[id].role.access();
+        for index in from..to {
+            let pos = id.entry(index);
+            let gfn = self.shadow.arena.mapped_gfn(pos);
+            if !self.shadow.prefetchable(gfn, access, true) {
+                return index > from;
+            }
+            let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
+            let (_, flush) = self.shadow.set_leaf(pos, &leaf);
+            self.pay(flush);
+        }
+        true
+    }
+}

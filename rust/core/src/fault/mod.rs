@@ -1,0 +1,135 @@
+//! From a #PF exit to its end: MMIO, the guest's walk, repair of the shadow, emulation.
+
+pub mod emulate;
+pub mod fetch;
+pub mod insn;
+pub mod mmio;
+pub mod page_fault;
+pub mod pte_write;
+
+use crate::bits::PT_ADDR;
+use crate::cpu::{Requests, Vcpu};
+use crate::guest::walk::{GuestFault, GuestWalk, Walker, walk_addr};
+use crate::hw::walk::CpuView;
+use crate::memory::HostState;
+use crate::outcome::Outcome;
+use crate::shadow::{Flush, Shadow};
+use crate::types::{ErrorCode, Gfn, Gpa, Gva};
+use insn::Insn;
+
+/// How an exit was handled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum After {
+    /// The guest runs the instruction again.
+    Resume,
+    /// The instruction is over.
+    Finished(Outcome),
+}
+
+/// Why an operation of the emulator stopped short.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The guest gets a page fault.
+    Fault(GuestFault),
+    /// The instruction's bytes are not in memory.
+    NoBytes,
+}
+
+impl From<GuestFault> for Stop {
+    fn from(fault: GuestFault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// One vCPU at work on the VM's shadow.
+#[derive(Debug)]
+pub struct Ctx<'a> {
+    /// The VM's half.
+    pub shadow: &'a mut Shadow,
+    /// The vCPU's half.
+    pub vcpu: &'a mut Vcpu,
+    /// Requests that go to all other vCPUs.
+    pub others: Requests,
+}
+
+impl Ctx<'_> {
+    /// Pays what a change of the tables owes: `kvm_flush_remote_tlbs` posts `KVM_REQ_TLB_FLUSH` to every vCPU.
+    pub fn pay(&mut self, flush: Flush) {
+        self.shadow.counters.remote_tlb_flush_requests += u64::from(flush.calls);
+        let mut requests = Requests::default();
+        if flush.calls > 0 {
+            requests.raise(Requests::TLB_FLUSH);
+        }
+        if flush.obsolete_roots {
+            requests.raise(Requests::FREE_OBSOLETE_ROOTS);
+        }
+        self.vcpu.requests.raise(requests);
+        self.others.raise(requests);
+    }
+
+    /// A guest walk as the vCPU would make it.
+    pub(crate) fn walk(&mut self, gva: Gva, access: ErrorCode, ac: bool) -> Result<GuestWalk, GuestFault> {
+        let walker = Walker { role: &self.vcpu.role, cr3: self.vcpu.regs.cr3 & PT_ADDR, ac };
+        walk_addr(&mut self.shadow.memory, &mut self.shadow.events, &walker, gva, access)
+    }
+
+    /// What the CPU's own walk obeys for this instruction.
+    pub(crate) fn cpu_view(&self, insn: &Insn) -> CpuView {
+        let user = insn.user && !insn.implicit();
+        CpuView {
+            user,
+            smep: self.vcpu.role.smep,
+            smap: self.vcpu.role.smap && (insn.implicit() || !insn.ac),
+            rsvd_sets_p: self.shadow.config.cpu.rsvd_sets_p,
+        }
+    }
+
+    /// Gives a page fault to the guest (`kvm_inject_emulated_page_fault`, 6.1). If the translation was present the
+    /// CPU may hold it, so its address is invalidated in the current root first.
+    pub(crate) fn inject(&mut self, fault: GuestFault) -> Outcome {
+        if fault.code.has(ErrorCode::P) && !fault.code.has(ErrorCode::RSVD) && fault.address.is_canonical() {
+            let flush = self.shadow.invlpg(self.vcpu, fault.address, false);
+            self.pay(flush);
+        }
+        self.vcpu.counters.pf_guest += 1;
+        let code = fault.code.0 as u32;
+        self.shadow.events.inj_exception(14, code, false);
+        self.vcpu.injected = Some((14, code));
+        Outcome::page_fault(fault.address.0, fault.code)
+    }
+
+    /// Makes sure that the host may write a frame's page. A write to the shared zero page gives the frame a page of
+    /// its own, which the MMU notifier announces: every entry that maps the frame goes.
+    pub(crate) fn host_makes_writable(&mut self, gfn: Gfn) {
+        let flush = self.shadow.host_makes_writable(gfn);
+        self.pay(flush);
+    }
+
+    /// Reads RAM as KVM does for the guest: an absent page becomes the zero page.
+    pub(crate) fn read_ram(&mut self, gpa: Gpa, size: u8) -> u64 {
+        if self.shadow.memory.host.state(gpa.gfn()) == HostState::Absent {
+            self.shadow.memory.host.set_state(gpa.gfn(), HostState::Zero);
+        }
+        self.shadow.memory.host.read(gpa, size)
+    }
+}
+
+impl Shadow {
+    /// See [`Ctx::host_makes_writable`]; also used for writes of user space.
+    pub(crate) fn host_makes_writable(&mut self, gfn: Gfn) -> Flush {
+        match self.memory.host.state(gfn) {
+            HostState::Writable | HostState::Huge2m | HostState::Huge1g => Flush::NONE,
+            HostState::Absent => {
+                self.memory.host.set_state(gfn, HostState::Writable);
+                Flush::NONE
+            }
+            HostState::Zero => {
+                self.events.unmap_hva_range(gfn.gpa(), Gpa(gfn.gpa().0 + 4096));
+                let flush = self.unmap_range(gfn, 1);
+                self.events.set_spte_hva(gfn.gpa());
+                self.memory.host.set_state(gfn, HostState::Writable);
+                flush
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The #PF exit (`kvm_mmu_page_fault` and `FNAME(page_fault)`, 6.1).
+
+use crate::fault::emulate::Emulation;
+use crate::fault::insn::Insn;
+use crate::fault::{After, Ctx};
+use crate::guest::walk::{GuestFault, GuestWalk};
+use crate::memory::{Host, HostState};
+use crate::outcome::{Outcome, RetPf, Status};
+use crate::types::{Access, ErrorCode, Gfn, Gva, Level, Pfn};
+
+/// The fault as the handler sees it, once the guest's walk is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub gva: Gva,
+    pub write: bool,
+    pub user: bool,
+    pub fetch: bool,
+    /// The frame of the address.
+    pub gfn: Gfn,
+    /// Its host page, `None` without a slot.
+    pub pfn: Option<Pfn>,
+    /// The host may write the page.
+    pub map_writable: bool,
+    /// The greatest level that the leaf may have.
+    pub max_level: Level,
+    /// The notifier sequence when the host page was looked up.
+    pub seq: u64,
+}
+
+/// How the mode's handler ended.
+enum Handled {
+    Result(RetPf),
+    Guest(GuestFault),
+    OutOfPages,
+}
+
+impl Ctx<'_> {
+    /// Handles a #PF exit of the instruction at `gva`.
+    pub(crate) fn handle_page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode) -> After {
+        self.count_exit(insn, gva, code);
+        if insn.delivery {
+            self.unprotect_for_delivery(insn, gva);
+        }
+        if code.has(ErrorCode::RSVD) {
+            match self.handle_mmio_page_fault(gva) {
+                RetPf::Emulate => {
+                    self.vcpu.counters.x_mmio_faults += 1;
+                    return self.emulate(insn, gva, Emulation { allow_retry: false, write_to_table: false });
+                }
+                RetPf::Invalid => {}
+                _ => return After::Resume,
+            }
+        }
+        self.vcpu.counters.pf_taken += 1;
+        let mut write_to_table = false;
+        let result = match self.page_fault(insn, gva, code.without(ErrorCode::RSVD), &mut write_to_table) {
+            Handled::Guest(fault) => return After::Finished(self.inject(fault)),
+            Handled::OutOfPages => return After::Finished(Outcome::of(Status::InternalError)),
+            Handled::Result(result) => result,
+        };
+        match result {
+            RetPf::Fixed => self.vcpu.counters.pf_fixed += 1,
+            RetPf::Emulate => self.vcpu.counters.pf_emulate += 1,
+            RetPf::Spurious => self.vcpu.counters.pf_spurious += 1,
+            RetPf::Continue | RetPf::Retry | RetPf::Invalid => {}
+        }
+        if result == RetPf::Emulate {
+            let allow_retry = !self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
+            return self.emulate(insn, gva, Emulation { allow_retry, write_to_table });
+        }
+        if insn.delivery && let Some((vector, code)) = self.vcpu.injected {
+            self.shadow.events.inj_exception(vector, code, true);
+        }
+        After::Resume
+    }
+
+    fn count_exit(&mut self, insn: &Insn, gva: Gva, code: ErrorCode) {
+        let rip = insn.rip_or_zero();
+        self.shadow.events.exit(0, rip, code.0);
+        self.shadow.events.page_fault(rip, gva, code);
+        let counters = &mut self.vcpu.counters;
+        counters.exits += 1;
+        counters.x_faults_user += u64::from(code.has(ErrorCode::U));
+        if code.has(ErrorCode::F) {
+            counters.x_faults_fetch += 1;
+        } else if code.has(ErrorCode::W) {
+            counters.x_faults_write += 1;
+        } else {
+            counters.x_faults_read += 1;
+        }
+    }
+
+    /// A fault while an event was being delivered: whatever lies at the address must not need emulation, so it stops
+    /// being a shadowed table (`kvm_mmu_unprotect_page_virt`, 6.1). The walk has the CPL from before the delivery.
+    fn unprotect_for_delivery(&mut self, insn: &Insn, gva: Gva) {
+        let access = ErrorCode::U.when(insn.user);
+        if let Ok(walk) = self.walk(gva, access, insn.ac) {
+            let flush = self.shadow.unprotect(walk.gfn);
+            self.pay(flush);
+        }
+    }
+
+    fn page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode, write_to_table: &mut bool) -> Handled {
+        let walk = match self.walk(gva, code, insn.ac) {
+            Ok(walk) => walk,
+            Err(fault) => return Handled::Guest(fault),
+        };
+        let Some(root) = self.vcpu.root.page else { return Handled::Result(RetPf::Retry) };
+        let (write, user) = (code.has(ErrorCode::W), code.has(ErrorCode::U));
+        if write && code.has(ErrorCode::P) && self.shadow.write_tracked(walk.gfn) {
+            self.shadow.clear_flood_path(root, gva);
+            return Handled::Result(RetPf::Emulate);
+        }
+        let self_changing = self.is_self_change_mapping(&walk, user, write_to_table);
+        let mut fault = Fault {
+            gva,
+            write,
+            user,
+            fetch: code.has(ErrorCode::F),
+            gfn: walk.gfn,
+            pfn: None,
+            map_writable: false,
+            max_level: if self_changing { Level::PT } else { walk.level },
+            seq: self.shadow.invalidate_seq,
+        };
+        if !self.faultin(&mut fault) {
+            return Handled::Result(RetPf::Emulate);
+        }
+        if fault.pfn.is_none() {
+            self.cache_mmio(gva, fault.gfn, walk.pte_access.and(Access::W.with(Access::U)));
+        }
+        let walk = self.emulate_cr0_wp(&fault, walk);
+        let (available, flush) = self.shadow.make_pages_available();
+        self.pay(flush);
+        if !available {
+            return Handled::OutOfPages;
+        }
+        let stale = !self.shadow.is_valid(root) || fault.seq != self.shadow.invalidate_seq;
+        Handled::Result(if stale { RetPf::Retry } else { self.fetch(&mut fault, &walk, root) })
+    }
+
+    /// Whether one of the tables of the walk lies in the very page that the leaf maps; then the page is mapped small.
+    /// Also notes whether the target is such a table itself (`is_self_change_mapping`, 6.1).
+    fn is_self_change_mapping(&self, walk: &GuestWalk, user: bool, write_to_table: &mut bool) -> bool {
+        if !walk.pte_access.has(Access::W) && (self.vcpu.role.wp || user) {
+            return false;
+        }
+        let mut self_changing = false;
+        for level in walk.level.0..=self.vcpu.role.level.0 {
+            let table = walk.tables[usize::from(level) - 1];
+            self_changing |= walk.gfn.round(walk.level) == table.round(walk.level);
+            *write_to_table |= walk.gfn == table;
+        }
+        self_changing
+    }
+
+    /// Finds the host page (`kvm_faultin_pfn`, 6.1). `false`: a write to a read-only slot, to be emulated.
+    fn faultin(&mut self, fault: &mut Fault) -> bool {
+        let Some(slot) = self.shadow.memory.slot(fault.gfn) else { return true };
+        let readonly = slot.readonly;
+        if readonly && fault.write {
+            return false;
+        }
+        if fault.write {
+            self.host_makes_writable(fault.gfn);
+        } else if self.shadow.memory.host.state(fault.gfn) == HostState::Absent {
+            self.shadow.memory.host.set_state(fault.gfn, HostState::Zero);
+        }
+        let state = self.shadow.memory.host.state(fault.gfn);
+        fault.pfn = Some(if state == HostState::Zero { Host::ZERO_PFN } else { Host::pfn(fault.gfn) });
+        fault.map_writable = state.writable() && !readonly;
+        true
+    }
+
+    /// The CPU runs the guest with CR0.WP set; a guest without it may write read-only pages in supervisor mode, so
+    /// such a page becomes a writable page of the supervisor's own.
+    fn emulate_cr0_wp(&self, fault: &Fault, mut walk: GuestWalk) -> GuestWalk {
+        let role = &self.vcpu.role;
+        if fault.write && !walk.pte_access.has(Access::W) && !role.wp && !fault.user && fault.pfn.is_some() {
+            walk.pte_access = walk.pte_access.with(Access::W).without(Access::U);
+            if role.smep {
+                walk.pte_access = walk.pte_access.without(Access::X);
+            }
+        }
+        walk
+    }
+}

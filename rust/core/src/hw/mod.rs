@@ -1,0 +1,3 @@
+//! The hardware: what the CPU does with the shadow tables.
+
+pub mod walk;

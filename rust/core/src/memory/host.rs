@@ -1,0 +1,286 @@
+//! The host's side of guest memory: contents and state of each page. Only pages that were written take room.
+
+use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
+
+/// What the host has behind a guest frame. It decides prefetch, writability and whether a write raises a notifier.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum HostState {
+    /// Never touched, or dropped (`MADV_DONTNEED`).
+    Absent,
+    /// The shared zero page: read, never written.
+    Zero,
+    /// Present and writable, mapped by 4 KiB.
+    Writable,
+    /// Present and writable, part of a 2 MiB mapping.
+    Huge2m,
+    /// Present and writable, part of a 1 GiB mapping.
+    Huge1g,
+}
+
+impl HostState {
+    /// Whether the host may write the page without a fault.
+    #[must_use]
+    pub const fn writable(self) -> bool {
+        matches!(self, Self::Writable | Self::Huge2m | Self::Huge1g)
+    }
+
+    /// The level of the host's mapping.
+    #[must_use]
+    pub const fn level(self) -> Level {
+        match self {
+            Self::Huge2m => Level::PD,
+            Self::Huge1g => Level::PDPT,
+            Self::Absent | Self::Zero | Self::Writable => Level::PT,
+        }
+    }
+}
+
+/// Host frame of guest frame 0: a multiple of 1 GiB, so that huge pages stay aligned, and above the zero page.
+const PFN_BASE: u64 = 1 << 18;
+
+type Page = [u64; ENTRIES];
+
+/// 512 frames: contents and states.
+#[derive(Clone, Debug)]
+struct Region {
+    pages: Box<[Option<Box<Page>>; ENTRIES]>,
+    state: [HostState; ENTRIES],
+}
+
+/// All of the host's pages, by guest frame: a directory of 1 GiB, tables of 2 MiB regions.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    directory: Vec<Option<Box<[Option<Box<Region>>; ENTRIES]>>>,
+    /// Frames below this one begin writable, all others absent.
+    populated: u64,
+}
+
+impl Host {
+    /// The frame number of the shared zero page.
+    pub const ZERO_PFN: Pfn = Pfn(1);
+
+    /// Memory of which the first `populated` frames are present and writable.
+    #[must_use]
+    pub fn new(populated: u64) -> Self {
+        Self { directory: Vec::new(), populated }
+    }
+
+    /// Whether the frame is part of the memory that was there from the start.
+    #[must_use]
+    pub const fn populated(&self, gfn: Gfn) -> bool {
+        gfn.0 < self.populated
+    }
+
+    /// The host frame of a guest frame that has a page of its own.
+    #[inline]
+    #[must_use]
+    pub const fn pfn(gfn: Gfn) -> Pfn {
+        Pfn(gfn.0 + PFN_BASE)
+    }
+
+    /// The guest frame whose own page `pfn` is, or `None` for the zero page.
+    #[inline]
+    #[must_use]
+    pub const fn gfn(pfn: Pfn) -> Option<Gfn> {
+        if pfn.0 >= PFN_BASE { Some(Gfn(pfn.0 - PFN_BASE)) } else { None }
+    }
+
+    #[inline]
+    fn region(&self, gfn: Gfn) -> Option<&Region> {
+        self.directory.get((gfn.0 >> 18) as usize)?.as_ref()?[(gfn.0 >> 9) as usize & (ENTRIES - 1)].as_deref()
+    }
+
+    fn region_mut(&mut self, gfn: Gfn) -> &mut Region {
+        let top = (gfn.0 >> 18) as usize;
+        if top >= self.directory.len() {
+            self.directory.resize(top + 1, None);
+        }
+        let table = self.directory[top].get_or_insert_with(|| Box::new([const { None }; ENTRIES]));
+        let populated = self.populated;
+        table[(gfn.0 >> 9) as usize & (ENTRIES - 1)].get_or_insert_with(|| {
+            let first = gfn.round(Level::PD).0;
+            let state = std::array::from_fn(|i| initial_state(first + i as u64, populated));
+            Box::new(Region { pages: Box::new([const { None }; ENTRIES]), state })
+        })
+    }
+
+    /// The state of a frame's page.
+    #[inline]
+    #[must_use]
+    pub fn state(&self, gfn: Gfn) -> HostState {
+        self.region(gfn).map_or_else(|| initial_state(gfn.0, self.populated), |r| r.state[index(gfn)])
+    }
+
+    /// Sets the state of one frame's page; an absent or zero page loses its contents. A huge mapping of which a part
+    /// changes is split.
+    pub fn set_state(&mut self, gfn: Gfn, state: HostState) {
+        let old = self.state(gfn);
+        if old == state {
+            return;
+        }
+        if old.level() > Level::PT && !state.writable() {
+            self.split(gfn, old.level());
+        }
+        let region = self.region_mut(gfn);
+        region.state[index(gfn)] = state;
+        if !state.writable() {
+            region.pages[index(gfn)] = None;
+        }
+    }
+
+    fn split(&mut self, gfn: Gfn, level: Level) {
+        let first = gfn.round(level);
+        for i in 0..level.pages() {
+            let gfn = Gfn(first.0 + i);
+            self.region_mut(gfn).state[index(gfn)] = HostState::Writable;
+        }
+    }
+
+    #[inline]
+    fn page(&self, gfn: Gfn) -> Option<&Page> {
+        self.region(gfn)?.pages[index(gfn)].as_deref()
+    }
+
+    /// The entry `index` of a table page.
+    #[inline]
+    #[must_use]
+    pub fn entry(&self, gfn: Gfn, index: usize) -> u64 {
+        self.page(gfn).map_or(0, |page| page[index])
+    }
+
+    /// The 8 entries of the aligned group that holds `index`.
+    #[inline]
+    #[must_use]
+    pub fn entry_group(&self, gfn: Gfn, index: usize) -> [u64; 8] {
+        let first = index & !7;
+        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| page[first + i]))
+    }
+
+    /// Sets the entry `index` of a table page.
+    #[inline]
+    pub fn set_entry(&mut self, gfn: Gfn, index: usize, value: u64) {
+        self.write(Gpa(gfn.gpa().0 + 8 * index as u64), 8, value);
+    }
+
+    /// The little-endian value of `size` (1 to 8) bytes that lie inside one page.
+    #[inline]
+    #[must_use]
+    pub fn read(&self, gpa: Gpa, size: u8) -> u64 {
+        let Some(page) = self.page(gpa.gfn()) else { return 0 };
+        let (word, shift) = (gpa.offset() as usize / 8, (gpa.0 & 7) * 8);
+        let mut value = page[word] >> shift;
+        if shift + u64::from(size) * 8 > 64 {
+            value |= page[word + 1] << (64 - shift);
+        }
+        value & mask(size)
+    }
+
+    /// Stores `size` (1 to 8) bytes that lie inside one page.
+    pub fn write(&mut self, gpa: Gpa, size: u8, value: u64) {
+        let gfn = gpa.gfn();
+        let slot = &mut self.region_mut(gfn).pages[index(gfn)];
+        let value = value & mask(size);
+        let page = match slot {
+            Some(page) => page,
+            None if value == 0 => return,
+            None => slot.insert(Box::new([0; ENTRIES])),
+        };
+        let (word, shift) = (gpa.offset() as usize / 8, (gpa.0 & 7) * 8);
+        page[word] = page[word] & !(mask(size) << shift) | value << shift;
+        if shift + u64::from(size) * 8 > 64 {
+            let rest = 64 - shift;
+            page[word + 1] = page[word + 1] & !(mask(size) >> rest) | value >> rest;
+        }
+    }
+
+    /// Copies `data` to `gpa`, over as many pages as it takes.
+    pub fn write_bytes(&mut self, gpa: Gpa, data: &[u8]) {
+        let mut at = gpa.0;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let step = if at % 8 == 0 && rest.len() >= 8 { 8 } else { 1 };
+            let value = rest[..step].iter().rev().fold(0, |v, b| v << 8 | u64::from(*b));
+            self.write(Gpa(at), step as u8, value);
+            at += step as u64;
+            rest = &rest[step..];
+        }
+    }
+
+    /// Copies `size` bytes from `gpa` on.
+    #[must_use]
+    pub fn read_bytes(&self, gpa: Gpa, size: usize) -> Vec<u8> {
+        let mut out = Vec::with_capacity(size);
+        let mut at = gpa.0;
+        while out.len() < size {
+            let step = if at % 8 == 0 && size - out.len() >= 8 { 8 } else { 1 };
+            let value = self.read(Gpa(at), step as u8);
+            out.extend_from_slice(&value.to_le_bytes()[..step]);
+            at += step as u64;
+        }
+        out
+    }
+
+    /// How many pages hold contents.
+    #[must_use]
+    pub fn resident_pages(&self) -> usize {
+        let regions = self.directory.iter().flatten().flat_map(|table| table.iter().flatten());
+        regions.map(|region| region.pages.iter().flatten().count()).sum()
+    }
+}
+
+#[inline]
+const fn index(gfn: Gfn) -> usize {
+    gfn.0 as usize & (ENTRIES - 1)
+}
+
+const fn initial_state(gfn: u64, populated: u64) -> HostState {
+    if gfn < populated { HostState::Writable } else { HostState::Absent }
+}
+
+#[inline]
+const fn mask(size: u8) -> u64 {
+    if size >= 8 { !0 } else { (1 << (size * 8)) - 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_survive_any_offset_and_size() {
+        let mut host = Host::new(4);
+        for offset in 0..24 {
+            for size in 1..=8 {
+                host.write(Gpa(0x1000 + offset), size, 0x1122_3344_5566_7788);
+                assert_eq!(host.read(Gpa(0x1000 + offset), size), 0x1122_3344_5566_7788 & mask(size));
+            }
+        }
+        host.write_bytes(Gpa(0x1ffd), &[1, 2, 3, 4, 5]);
+        assert_eq!(host.read_bytes(Gpa(0x1ffc), 7), [0, 1, 2, 3, 4, 5, 0]);
+    }
+
+    #[test]
+    fn only_written_pages_take_room_and_dropped_ones_read_zero() {
+        let mut host = Host::new(1 << 20);
+        host.write(Gpa(0x5000), 8, 0);
+        assert_eq!(host.resident_pages(), 0);
+        host.write(Gpa(0x5000), 8, 7);
+        assert_eq!(host.resident_pages(), 1);
+        host.set_state(Gfn(5), HostState::Absent);
+        assert_eq!((host.read(Gpa(0x5000), 8), host.resident_pages()), (0, 0));
+        assert_eq!(host.state(Gfn(6)), HostState::Writable);
+        assert_eq!(host.state(Gfn(1 << 30)), HostState::Absent);
+    }
+
+    #[test]
+    fn dropping_a_part_splits_a_huge_mapping() {
+        let mut host = Host::new(1024);
+        for gfn in 512..1024 {
+            host.set_state(Gfn(gfn), HostState::Huge2m);
+        }
+        host.set_state(Gfn(600), HostState::Absent);
+        assert_eq!(host.state(Gfn(601)), HostState::Writable);
+        assert_eq!(host.state(Gfn(600)), HostState::Absent);
+    }
+}

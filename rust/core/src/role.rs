@@ -1,0 +1,129 @@
+//! The role of a shadow page: what it was made for. Two pages of one frame may differ in role only.
+//!
+//! It lives below `events` because an event prints it; `shadow` makes and compares roles.
+
+use crate::types::{Access, Level};
+use std::fmt;
+
+/// KVM's `kvm_mmu_page_role.word` (6.1), bit for bit.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Role(pub u32);
+
+const HAS_4_BYTE: u32 = 1 << 4;
+const QUADRANT: u32 = 3 << 5;
+const DIRECT: u32 = 1 << 7;
+const ACCESS: u32 = 7 << 8;
+const INVALID: u32 = 1 << 11;
+const EFER_NX: u32 = 1 << 12;
+const CR0_WP: u32 = 1 << 13;
+const SMEP_ANDNOT_WP: u32 = 1 << 14;
+const SMAP_ANDNOT_WP: u32 = 1 << 15;
+const AD_DISABLED: u32 = 1 << 16;
+const PASSTHROUGH: u32 = 1 << 18;
+
+impl Role {
+    /// The role of a root of `level`, as `kvm_init_shadow_mmu` (6.1) makes it: EFER.NX is forced on, and SMEP and SMAP
+    /// count only while CR0.WP is off.
+    #[must_use]
+    pub const fn root(level: Level, wp: bool, smep: bool, smap: bool) -> Self {
+        let mut word = level.0 as u32 | ACCESS | EFER_NX;
+        if wp {
+            word |= CR0_WP;
+        } else {
+            if smep {
+                word |= SMEP_ANDNOT_WP;
+            }
+            if smap {
+                word |= SMAP_ANDNOT_WP;
+            }
+        }
+        Self(word)
+    }
+
+    /// The role of the table below an entry (`kvm_mmu_child_role`, 6.1).
+    #[must_use]
+    pub const fn child(self, direct: bool, access: Access) -> Self {
+        let mut word = self.0 & !(ACCESS | DIRECT | PASSTHROUGH);
+        word = (word & !0xf) | ((self.0 & 0xf) - 1);
+        word |= (access.0 as u32) << 8;
+        if direct {
+            word |= DIRECT;
+        }
+        Self(word)
+    }
+
+    /// The level of the page.
+    #[must_use]
+    pub const fn level(self) -> Level {
+        Level((self.0 & 0xf) as u8)
+    }
+
+    /// Whether the page has no guest table behind it.
+    #[must_use]
+    pub const fn direct(self) -> bool {
+        self.0 & DIRECT != 0
+    }
+
+    /// The rights that the guest's upper entries grant.
+    #[must_use]
+    pub const fn access(self) -> Access {
+        Access((self.0 >> 8) as u8 & 7)
+    }
+
+    /// Whether the page was zapped.
+    #[must_use]
+    pub const fn invalid(self) -> bool {
+        self.0 & INVALID != 0
+    }
+
+    /// The same role, marked as zapped.
+    #[must_use]
+    pub const fn invalidated(self) -> Self {
+        Self(self.0 | INVALID)
+    }
+
+    /// What must agree with the current root for a page to be synced: all but level, access, quadrant and passthrough
+    /// (`kvm_sync_page_check`, 6.1).
+    #[must_use]
+    pub const fn sync_key(self) -> u32 {
+        self.0 & !(0xf | ACCESS | QUADRANT | PASSTHROUGH)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "l{} {}-byte q{}{} {}{} {}nxe {}ad",
+            self.level().0,
+            if self.0 & HAS_4_BYTE != 0 { 4 } else { 8 },
+            (self.0 & QUADRANT) >> 5,
+            if self.direct() { " direct" } else { "" },
+            self.access().text(),
+            if self.invalid() { " invalid" } else { "" },
+            if self.0 & EFER_NX != 0 { "" } else { "!" },
+            if self.0 & AD_DISABLED != 0 { "!" } else { "" },
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_one_level_lower_with_its_own_rights() {
+        let root = Role::root(Level(4), true, true, true);
+        let child = root.child(false, Access::W.with(Access::X));
+        assert_eq!(root.to_string(), "l4 8-byte q0 wux nxe ad");
+        assert_eq!(child.to_string(), "l3 8-byte q0 w-x nxe ad");
+        assert_eq!(child.child(true, Access::X).to_string(), "l2 8-byte q0 direct --x nxe ad");
+        assert_eq!(root.sync_key(), child.sync_key());
+    }
+
+    #[test]
+    fn smep_and_smap_split_roles_only_without_wp() {
+        assert_eq!(Role::root(Level(4), true, true, true), Role::root(Level(4), true, false, false));
+        assert_ne!(Role::root(Level(4), false, true, false), Role::root(Level(4), false, false, false));
+    }
+}

@@ -1,0 +1,361 @@
+//! Shadow pages and the arena that holds them: entries, shadowed translations, hash chains and the active list.
+
+use crate::role::Role;
+use crate::shadow::spte::Spte;
+use crate::types::{Access, ENTRIES, Gfn, Level, PageId, RmapHead, SptePos};
+
+/// Buckets of the hash of shadow pages (`KVM_NUM_MMU_PAGES`).
+const BUCKETS: usize = 1 << 12;
+/// The kernel's `GOLDEN_RATIO_64`.
+const HASH_FACTOR: u64 = 0x61c8_8646_80b5_83eb;
+const NONE: u32 = u32::MAX;
+
+/// A set of entry indexes of one page.
+pub type Bitmap = [u64; ENTRIES / 64];
+
+/// One shadow page (KVM's `struct kvm_mmu_page`), without its entries: those are in the arena.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The guest frame whose table it shadows; for a direct page the first frame that it maps.
+    pub gfn: Gfn,
+    /// What it was made for.
+    pub role: Role,
+    /// Parent entries that point to it.
+    pub parents: RmapHead,
+    /// How many current and previous roots it is.
+    pub root_count: u32,
+    /// Entries with unsync pages below.
+    pub unsync_children: u32,
+    /// Emulated writes since a fault went through it.
+    pub flood: u32,
+    /// The guest's table may have changed without the shadow.
+    pub unsync: bool,
+    /// The generation it was made in.
+    pub generation: u8,
+    /// It stands for a huge page that was split to keep it from being executed.
+    pub nx_split: bool,
+    /// Which entries have unsync pages below; bits are cleared lazily.
+    pub unsync_bitmap: Bitmap,
+    /// Which entries are not empty.
+    pub used: Bitmap,
+    hash: [u32; 2],
+    list: [u32; 2],
+}
+
+impl Page {
+    /// The level of the page.
+    #[inline]
+    #[must_use]
+    pub const fn level(&self) -> Level {
+        self.role.level()
+    }
+
+    /// Whether a guest table stands behind it (`sp_has_gptes`, 6.1).
+    #[inline]
+    #[must_use]
+    pub const fn has_gptes(&self) -> bool {
+        !self.role.direct()
+    }
+}
+
+/// All shadow pages of a VM.
+#[derive(Clone, Debug)]
+pub struct Arena {
+    pages: Vec<Page>,
+    sptes: Vec<Spte>,
+    /// The frame and rights that an entry of a page with gptes was made from.
+    shadowed: Vec<u64>,
+    free: Vec<PageId>,
+    buckets: Vec<u32>,
+    /// Newest and oldest page of the active list.
+    newest: u32,
+    oldest: u32,
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Self {
+            pages: Vec::new(),
+            sptes: Vec::new(),
+            shadowed: Vec::new(),
+            free: Vec::new(),
+            buckets: vec![NONE; BUCKETS],
+            newest: NONE,
+            oldest: NONE,
+        }
+    }
+}
+
+impl Arena {
+    /// A new page, empty and sync, at the head of its hash bucket and of the active list.
+    pub fn alloc(&mut self, gfn: Gfn, role: Role, generation: u8) -> PageId {
+        let page = Page {
+            gfn,
+            role,
+            parents: RmapHead::default(),
+            root_count: 0,
+            unsync_children: 0,
+            flood: 0,
+            unsync: false,
+            generation,
+            nx_split: false,
+            unsync_bitmap: Bitmap::default(),
+            used: Bitmap::default(),
+            hash: [NONE; 2],
+            list: [NONE; 2],
+        };
+        let id = if let Some(id) = self.free.pop() {
+            self.pages[id.0 as usize] = page;
+            id
+        } else {
+            let id = PageId(self.pages.len() as u32);
+            self.pages.push(page);
+            self.sptes.resize(self.pages.len() * ENTRIES, Spte::EMPTY);
+            self.shadowed.resize(self.pages.len() * ENTRIES, 0);
+            id
+        };
+        self.hash_insert(id);
+        self.list_insert(id);
+        id
+    }
+
+    /// Gives a page back that holds no entry any more and is off the active list.
+    pub fn release(&mut self, id: PageId) {
+        debug_assert!(self[id].used == Bitmap::default());
+        self.hash_remove(id);
+        // A freed page must not look valid to anybody who still holds its number.
+        self[id].role = self[id].role.invalidated();
+        self.free.push(id);
+    }
+
+    /// The entry at a position.
+    #[inline]
+    #[must_use]
+    pub fn spte(&self, pos: SptePos) -> Spte {
+        self.sptes[pos.0 as usize]
+    }
+
+    /// Writes an entry.
+    #[inline]
+    pub fn set_spte(&mut self, pos: SptePos, spte: Spte) {
+        self.sptes[pos.0 as usize] = spte;
+        let bit = 1 << (pos.index() % 64);
+        let word = &mut self.pages[pos.page().0 as usize].used[pos.index() / 64];
+        *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
+    }
+
+    /// Writes an entry that was not empty and stays so (A and D bits, rights).
+    #[inline]
+    pub fn update_spte(&mut self, pos: SptePos, spte: Spte) {
+        debug_assert!(spte != Spte::EMPTY && self.spte(pos) != Spte::EMPTY);
+        self.sptes[pos.0 as usize] = spte;
+    }
+
+    /// The frame that an entry maps (`kvm_mmu_page_get_gfn`, 6.1).
+    #[inline]
+    #[must_use]
+    pub fn mapped_gfn(&self, pos: SptePos) -> Gfn {
+        let page = &self[pos.page()];
+        if page.role.direct() {
+            Gfn(page.gfn.0 + ((pos.index() as u64) << (9 * (u32::from(page.level().0) - 1))))
+        } else {
+            Gfn(self.shadowed[pos.0 as usize] >> 3)
+        }
+    }
+
+    /// The rights that an entry was made from (`kvm_mmu_page_get_access`, 6.1).
+    #[must_use]
+    pub fn mapped_access(&self, pos: SptePos) -> Access {
+        let page = &self[pos.page()];
+        if page.role.direct() { page.role.access() } else { Access(self.shadowed[pos.0 as usize] as u8 & 7) }
+    }
+
+    /// Notes frame and rights of an entry; a direct page derives them.
+    #[inline]
+    pub fn set_mapped(&mut self, pos: SptePos, gfn: Gfn, access: Access) {
+        if self[pos.page()].has_gptes() {
+            self.shadowed[pos.0 as usize] = gfn.0 << 3 | u64::from(access.0);
+        }
+    }
+
+    /// The pages of a bucket, newest first, valid or not.
+    pub fn chain(&self, gfn: Gfn) -> impl Iterator<Item = PageId> + '_ {
+        let mut at = self.buckets[bucket(gfn)];
+        std::iter::from_fn(move || {
+            let id = (at != NONE).then_some(PageId(at))?;
+            at = self[id].hash[1];
+            Some(id)
+        })
+    }
+
+    /// The newest page of a frame's bucket, to walk it while pages are zapped (none is freed meanwhile).
+    #[inline]
+    #[must_use]
+    pub fn chain_first(&self, gfn: Gfn) -> Option<PageId> {
+        let at = self.buckets[bucket(gfn)];
+        (at != NONE).then_some(PageId(at))
+    }
+
+    /// The next older page of the same bucket.
+    #[inline]
+    #[must_use]
+    pub fn chain_next(&self, id: PageId) -> Option<PageId> {
+        let at = self[id].hash[1];
+        (at != NONE).then_some(PageId(at))
+    }
+
+    /// The active pages, oldest first.
+    pub fn oldest_first(&self) -> impl Iterator<Item = PageId> + '_ {
+        let mut at = self.oldest;
+        std::iter::from_fn(move || {
+            let id = (at != NONE).then_some(PageId(at))?;
+            at = self[id].list[0];
+            Some(id)
+        })
+    }
+
+    /// The page created after this one, on the active list.
+    #[must_use]
+    pub fn newer(&self, id: PageId) -> Option<PageId> {
+        let at = self[id].list[0];
+        (at != NONE).then_some(PageId(at))
+    }
+
+    /// How many pages the arena has room for, freed ones included.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// The numbers of all pages that are not freed.
+    #[must_use]
+    pub fn live(&self) -> Vec<PageId> {
+        let mut live = vec![true; self.pages.len()];
+        for id in &self.free {
+            live[id.0 as usize] = false;
+        }
+        (0..self.pages.len()).filter(|i| live[*i]).map(|i| PageId(i as u32)).collect()
+    }
+
+    fn hash_insert(&mut self, id: PageId) {
+        let head = bucket(self[id].gfn);
+        let next = std::mem::replace(&mut self.buckets[head], id.0);
+        self[id].hash = [NONE, next];
+        if next != NONE {
+            self[PageId(next)].hash[0] = id.0;
+        }
+    }
+
+    fn hash_remove(&mut self, id: PageId) {
+        let [prev, next] = self[id].hash;
+        if prev == NONE {
+            let head = bucket(self[id].gfn);
+            self.buckets[head] = next;
+        } else {
+            self[PageId(prev)].hash[1] = next;
+        }
+        if next != NONE {
+            self[PageId(next)].hash[0] = prev;
+        }
+    }
+
+    fn list_insert(&mut self, id: PageId) {
+        let next = std::mem::replace(&mut self.newest, id.0);
+        self[id].list = [NONE, next];
+        if next == NONE {
+            self.oldest = id.0;
+        } else {
+            self[PageId(next)].list[0] = id.0;
+        }
+    }
+
+    /// Takes a page off the active list; harmless if it is off already.
+    pub fn list_remove(&mut self, id: PageId) {
+        let [prev, next] = std::mem::replace(&mut self[id].list, [NONE; 2]);
+        if prev == NONE {
+            if self.newest != id.0 {
+                return;
+            }
+            self.newest = next;
+        } else {
+            self[PageId(prev)].list[1] = next;
+        }
+        if next == NONE {
+            self.oldest = prev;
+        } else {
+            self[PageId(next)].list[0] = prev;
+        }
+    }
+}
+
+impl std::ops::Index<PageId> for Arena {
+    type Output = Page;
+    #[inline]
+    fn index(&self, id: PageId) -> &Page {
+        &self.pages[id.0 as usize]
+    }
+}
+
+impl std::ops::IndexMut<PageId> for Arena {
+    #[inline]
+    fn index_mut(&mut self, id: PageId) -> &mut Page {
+        &mut self.pages[id.0 as usize]
+    }
+}
+
+/// The bucket of a frame (`kvm_page_table_hashfn`, 6.1: the kernel's `hash_64`).
+#[inline]
+const fn bucket(gfn: Gfn) -> usize {
+    (gfn.0.wrapping_mul(HASH_FACTOR) >> 52) as usize
+}
+
+/// The members of a set, ascending.
+pub fn bits(set: &Bitmap) -> impl Iterator<Item = usize> + use<> {
+    let set = *set;
+    (0..set.len()).flat_map(move |word| {
+        let mut rest = set[word];
+        std::iter::from_fn(move || {
+            if rest == 0 {
+                return None;
+            }
+            let bit = rest.trailing_zeros() as usize;
+            rest &= rest - 1;
+            Some(word * 64 + bit)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn role() -> Role {
+        Role::root(Level(4), true, false, false).child(false, Access::ALL)
+    }
+
+    #[test]
+    fn chains_are_newest_first_and_the_list_is_creation_order() {
+        let mut arena = Arena::default();
+        let ids: Vec<_> = (0..3).map(|_| arena.alloc(Gfn(5), role(), 0)).collect();
+        assert_eq!(arena.chain(Gfn(5)).collect::<Vec<_>>(), [ids[2], ids[1], ids[0]]);
+        assert_eq!(arena.oldest_first().collect::<Vec<_>>(), ids);
+        arena.list_remove(ids[1]);
+        arena.list_remove(ids[1]);
+        arena.release(ids[1]);
+        assert_eq!(arena.chain(Gfn(5)).collect::<Vec<_>>(), [ids[2], ids[0]]);
+        assert_eq!(arena.oldest_first().collect::<Vec<_>>(), [ids[0], ids[2]]);
+        assert_eq!(arena.alloc(Gfn(9), role(), 0), ids[1], "freed pages are used again");
+        assert_eq!(arena.live().len(), 3);
+    }
+
+    #[test]
+    fn the_set_of_used_entries_follows_the_entries() {
+        let mut arena = Arena::default();
+        let id = arena.alloc(Gfn(5), role(), 0);
+        for i in [0, 63, 64, 511] {
+            arena.set_spte(id.entry(i), Spte(1));
+        }
+        arena.set_spte(id.entry(64), Spte::EMPTY);
+        assert_eq!(bits(&arena[id].used).collect::<Vec<_>>(), [0, 63, 511]);
+    }
+}

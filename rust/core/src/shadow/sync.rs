@@ -1,0 +1,128 @@
+//! Bringing unsync pages back into step with the guest's tables.
+
+use crate::cpu::CpuRole;
+use crate::guest::gpte::Gpte;
+use crate::memory::HostState;
+use crate::shadow::make::Leaf;
+use crate::shadow::page::bits;
+use crate::shadow::spte::{HOST_WRITABLE, Spte};
+use crate::shadow::zap::ZapList;
+use crate::shadow::{Flush, Shadow};
+use crate::types::{Gfn, Gva, Level, PageId, SptePos};
+
+impl Shadow {
+    /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
+    pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize) -> Option<Gpte> {
+        let readable = self.memory.slot(table).is_some() && self.memory.host.state(table) != HostState::Absent;
+        readable.then(|| Gpte(self.memory.host.entry(table, index)))
+    }
+
+    /// Brings each entry of a page into step (`FNAME(sync_page)`, 6.1). `Some(flush)` says whether a right or mark
+    /// went away; `None` that the page cannot be synced and must be zapped.
+    fn sync_entries(&mut self, id: PageId, role: &CpuRole) -> Option<bool> {
+        let page = &self.arena[id];
+        if page.role.direct() || page.role.sync_key() != role.root_role().sync_key() {
+            return None;
+        }
+        let (table, used) = (page.gfn, page.used);
+        let mut flush = false;
+        for index in bits(&used) {
+            let gpte = self.read_gpte_atomic(table, index)?;
+            flush |= self.sync_entry(id.entry(index), gpte, role);
+        }
+        Some(flush)
+    }
+
+    fn sync_entry(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole) -> bool {
+        let old = self.spte(pos);
+        if !gpte.present() || !gpte.accessed() || gpte.has_reserved(role, Level::PT) {
+            self.zap_entry(pos);
+            return true;
+        }
+        let gfn = gpte.gfn(Level::PT);
+        let access = gpte.protect_clean(self.arena[pos.page()].role.access().and(gpte.access()));
+        if old.is_mmio() {
+            // An MMIO entry is renewed whether or not its frame got a slot in the meantime (sync_mmio_spte, 6.1).
+            if old.mmio_gfn() == gfn {
+                self.mark_mmio(pos, gfn, access);
+            } else {
+                self.arena.set_spte(pos, Spte::EMPTY);
+            }
+            return false;
+        }
+        if self.arena.mapped_gfn(pos) != gfn {
+            self.drop_leaf(pos);
+            return true;
+        }
+        self.arena.set_mapped(pos, gfn, access);
+        let pfn = old.pfn();
+        let host_writable = old.0 & HOST_WRITABLE != 0;
+        let leaf = Leaf { gfn, access, pfn: Some(pfn), host_writable, prefetch: true, write: false };
+        let (new, _) = self.make_spte(pos, &leaf, pfn, old, false);
+        self.arena.update_spte(pos, new);
+        old.update_needs_flush(new)
+    }
+
+    /// Syncs a page or zaps it (`kvm_sync_page`, 6.1). `None` if it was zapped.
+    pub(crate) fn sync_or_zap(&mut self, id: PageId, role: &CpuRole, list: &mut ZapList) -> Option<bool> {
+        let done = self.sync_entries(id, role);
+        if done.is_none() {
+            let _ = self.prepare_zap(id, list);
+        }
+        done
+    }
+
+    /// Syncs every unsync page below `parent`, in batches (`mmu_sync_children`, 6.1).
+    pub(crate) fn sync_children(&mut self, parent: PageId, role: &CpuRole) -> Flush {
+        let mut owed = Flush::NONE;
+        let (mut list, mut flush) = (ZapList::default(), false);
+        while let Some(batch) = self.unsync_walk(parent) {
+            let leaves = self.batch_leaves(&batch);
+            let mut protected = false;
+            for (leaf, _) in &leaves {
+                protected |= self.write_protect(self.arena[*leaf].gfn, true);
+            }
+            if protected {
+                // This one flush also pays for what the batch before it owed.
+                owed += self.commit_or_flush(std::mem::take(&mut list), true);
+                flush = false;
+            }
+            for (leaf, path) in &leaves {
+                self.end_unsync(*leaf);
+                flush |= self.sync_or_zap(*leaf, role, &mut list).unwrap_or(false);
+                self.clear_marks(path);
+            }
+        }
+        owed += self.commit_or_flush(list, flush);
+        owed
+    }
+
+    /// INVLPG below one root (`FNAME(invlpg)`, 6.1): an entry of an unsync page is dropped and, if the guest's entry
+    /// allows it, made again; nothing else needs it.
+    pub(crate) fn invlpg_root(&mut self, root: PageId, gva: Gva, role: &CpuRole) -> Flush {
+        let mut owed = Flush::NONE;
+        let mut id = root;
+        loop {
+            let level = self.arena[id].level();
+            let pos = id.entry(gva.index(level));
+            let spte = self.spte(pos);
+            if level == Level::PT || spte.present() && spte.large() {
+                if !self.arena[id].unsync {
+                    break;
+                }
+                let table = self.arena[id].gfn;
+                let was_present = self.zap_entry(pos);
+                owed += Flush::when(was_present);
+                if let Some(gpte) = self.read_gpte_atomic(table, pos.index()) {
+                    owed += self.prefetch_gpte(pos, gpte, role, false).1;
+                }
+            }
+            let spte = self.spte(pos);
+            if self.arena[id].unsync_children == 0 || !spte.is_table(level.0) {
+                break;
+            }
+            id = spte.child();
+        }
+        owed
+    }
+}

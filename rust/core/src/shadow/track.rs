@@ -1,0 +1,143 @@
+//! Rmaps and write protection: which entries map a frame, and what is taken away from them.
+
+use crate::bits::PT_W;
+use crate::config::RMAP_RECYCLE;
+use crate::shadow::spte::{MMU_WRITABLE, Spte};
+use crate::shadow::{Flush, Shadow};
+use crate::types::{Access, Gfn, Level, PageId, RmapHead, SptePos};
+
+const LEVELS: [Level; 3] = [Level::PT, Level::PD, Level::PDPT];
+
+impl Shadow {
+    /// How many shadow pages of an upper level shadow the frame (`kvm_slot_page_track_is_active`, 6.1).
+    #[inline]
+    #[must_use]
+    pub fn write_tracked(&self, gfn: Gfn) -> bool {
+        self.memory.slot(gfn).is_some_and(|slot| slot.track(gfn) != 0)
+    }
+
+    fn pages_counter(&mut self, level: Level) -> &mut u64 {
+        match level.0 {
+            1 => &mut self.counters.pages_4k,
+            2 => &mut self.counters.pages_2m,
+            _ => &mut self.counters.pages_1g,
+        }
+    }
+
+    /// Notes a new leaf in the frame's rmap (`__rmap_add`, 6.1). A list of more than 1,000 entries is emptied: the
+    /// access that filled it faults again.
+    pub(crate) fn rmap_add(&mut self, pos: SptePos, gfn: Gfn, access: Access) -> Flush {
+        let level = self.arena[pos.page()].level();
+        self.arena.set_mapped(pos, gfn, access);
+        *self.pages_counter(level) += 1;
+        let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
+        let before = self.lists.add(slot.rmap_mut(gfn, level), pos);
+        self.counters.max_mmu_rmap_size = self.counters.max_mmu_rmap_size.max(u64::from(before));
+        if before <= RMAP_RECYCLE {
+            return Flush::NONE;
+        }
+        self.zap_rmap(gfn, level);
+        Flush::when(true)
+    }
+
+    /// Takes a leaf away: entry, rmap and statistic (`drop_spte`, 6.1).
+    pub(crate) fn drop_leaf(&mut self, pos: SptePos) {
+        let (gfn, level) = (self.arena.mapped_gfn(pos), self.arena[pos.page()].level());
+        self.arena.set_spte(pos, Spte::EMPTY);
+        *self.pages_counter(level) -= 1;
+        if let Some(slot) = self.memory.slot_mut(gfn) {
+            self.lists.remove(slot.rmap_mut(gfn, level), pos);
+        }
+    }
+
+    /// Takes every leaf of one rmap list away; whether there was any (`kvm_zap_all_rmap_sptes`, 6.1).
+    pub(crate) fn zap_rmap(&mut self, gfn: Gfn, level: Level) -> bool {
+        let Some(slot) = self.memory.slot_mut(gfn) else { return false };
+        if slot.rmap(gfn, level) == RmapHead::default() {
+            return false;
+        }
+        let all = self.lists.take(slot.rmap_mut(gfn, level));
+        for pos in &all {
+            self.arena.set_spte(*pos, Spte::EMPTY);
+        }
+        *self.pages_counter(level) -= all.len() as u64;
+        true
+    }
+
+    /// The host is about to change the pages of a range: every leaf that maps one goes (`kvm_unmap_gfn_range`, 6.1).
+    pub(crate) fn unmap_range(&mut self, first: Gfn, pages: u64) -> Flush {
+        self.invalidate_seq += 1;
+        let mut any = false;
+        for level in LEVELS {
+            let end = first.0 + pages;
+            let mut gfn = first.round(level).0;
+            while gfn < end {
+                any |= self.zap_rmap(Gfn(gfn.max(first.0)), level);
+                gfn += level.pages();
+            }
+        }
+        Flush::when(any)
+    }
+
+    /// Takes W from every leaf that maps the frame (`rmap_write_protect`, 6.1). `for_shadowing` also takes the mark
+    /// that allows the MMU to give W back without a walk. Returns whether a flush is wanted.
+    pub(crate) fn write_protect(&mut self, gfn: Gfn, for_shadowing: bool) -> bool {
+        let mut flush = false;
+        for level in LEVELS {
+            let Some(slot) = self.memory.slot(gfn) else { return flush };
+            let head = slot.rmap(gfn, level);
+            if head != RmapHead::default() {
+                flush |= self.write_protect_list(head, for_shadowing);
+            }
+        }
+        flush
+    }
+
+    /// The same for one list (`spte_write_protect`, 6.1).
+    pub(crate) fn write_protect_list(&mut self, head: RmapHead, for_shadowing: bool) -> bool {
+        let mut flush = false;
+        for pos in self.lists.iter(head) {
+            let old = self.arena.spte(pos);
+            let acts = old.writable() || for_shadowing && old.0 & MMU_WRITABLE != 0;
+            if acts {
+                let taken = if for_shadowing { PT_W | MMU_WRITABLE } else { PT_W };
+                let new = Spte(old.0 & !taken);
+                self.arena.update_spte(pos, new);
+                flush |= old.update_needs_flush(new);
+            }
+        }
+        flush
+    }
+
+    /// A new page with gptes begins to shadow its frame (`account_shadowed`, 6.1): large leaves over it are forbidden,
+    /// an upper-level table is tracked, and whoever maps the frame loses W.
+    pub(crate) fn account_shadowed(&mut self, id: PageId) -> Flush {
+        let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
+        self.indirect_pages += 1;
+        self.change_shadow_counts(gfn, level, true);
+        Flush::when(self.write_protect(gfn, true))
+    }
+
+    /// The page is zapped (`unaccount_shadowed`, 6.1). Entries that map the frame stay read-only until a write faults.
+    pub(crate) fn unaccount_shadowed(&mut self, id: PageId) {
+        let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
+        self.indirect_pages -= 1;
+        self.change_shadow_counts(gfn, level, false);
+    }
+
+    fn change_shadow_counts(&mut self, gfn: Gfn, level: Level, begin: bool) {
+        let Some(slot) = self.memory.slot_mut(gfn) else { return };
+        let (two, one) = slot.disallow_mut(gfn);
+        if begin {
+            *two += 1;
+            *one += 1;
+        } else {
+            *two -= 1;
+            *one -= 1;
+        }
+        if level > Level::PT {
+            let track = slot.track_mut(gfn);
+            *track = if begin { *track + 1 } else { *track - 1 };
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Taking entries and pages out of the shadow.
+
+use crate::config::{ADDRESS_SPACES, MIN_FREE_PAGES, MMIO_GEN_BITS, REFILL_PAGES};
+use crate::events::EventKind;
+use crate::shadow::page::{Bitmap, bits};
+use crate::shadow::spte::Spte;
+use crate::shadow::{Flush, Shadow};
+use crate::types::{Gfn, Level, PageId, SptePos};
+
+/// Pages that were zapped and wait to be freed behind one flush (KVM's `invalid_list`).
+#[derive(Debug, Default)]
+#[must_use = "zapped pages must be committed"]
+pub(crate) struct ZapList {
+    pages: Vec<PageId>,
+    obsolete_roots: bool,
+}
+
+impl Shadow {
+    /// Takes the table pointer at `pos` out; the child stays in the hash.
+    pub(crate) fn unlink_child(&mut self, pos: SptePos) {
+        let child = self.spte(pos).child();
+        self.lists.remove(&mut self.arena[child].parents, pos);
+        self.arena.set_spte(pos, Spte::EMPTY);
+    }
+
+    /// Empties one entry (`mmu_page_zap_pte`, 6.1); whether it was present.
+    pub(crate) fn zap_entry(&mut self, pos: SptePos) -> bool {
+        let spte = self.spte(pos);
+        if !spte.present() {
+            if spte != Spte::EMPTY {
+                self.arena.set_spte(pos, Spte::EMPTY);
+            }
+            return false;
+        }
+        if spte.is_table(self.arena[pos.page()].level().0) {
+            self.unlink_child(pos);
+        } else {
+            self.drop_leaf(pos);
+        }
+        true
+    }
+
+    /// Takes a page out of use (`kvm_mmu_prepare_zap_page`, 6.1): unsync pages below it first, then its entries, its
+    /// parents' entries, its bookkeeping. A page that is a root stays until its last user lets go of it.
+    /// Returns how many unsync pages went with it.
+    pub(crate) fn prepare_zap(&mut self, id: PageId, list: &mut ZapList) -> u64 {
+        self.page_event(EventKind::PrepareZapPage, id, false);
+        self.counters.mmu_shadow_zapped += 1;
+        let children = self.zap_unsync_children(id, list);
+        for index in bits(&self.arena[id].used) {
+            self.zap_entry(id.entry(index));
+        }
+        debug_assert!(self.arena[id].used == Bitmap::default());
+        let mut parents = std::mem::take(&mut self.arena[id].parents);
+        for pos in self.lists.take(&mut parents) {
+            self.arena.set_spte(pos, Spte::EMPTY);
+        }
+        let was_valid = !self.arena[id].role.invalid();
+        if was_valid && self.arena[id].has_gptes() {
+            self.unaccount_shadowed(id);
+        }
+        if self.arena[id].unsync {
+            self.end_unsync(id);
+        }
+        self.arena.list_remove(id);
+        if self.arena[id].root_count == 0 {
+            list.pages.push(id);
+            self.used_pages -= 1;
+        } else if self.is_valid(id) {
+            list.obsolete_roots = true;
+        }
+        if self.arena[id].nx_split {
+            self.arena[id].nx_split = false;
+            self.counters.nx_lpage_splits -= 1;
+        }
+        let page = &mut self.arena[id];
+        page.role = page.role.invalidated();
+        children
+    }
+
+    fn zap_unsync_children(&mut self, parent: PageId, list: &mut ZapList) -> u64 {
+        if self.arena[parent].level() == Level::PT {
+            return 0;
+        }
+        let mut zapped = 0;
+        while let Some(batch) = self.unsync_walk(parent) {
+            for (leaf, path) in self.batch_leaves(&batch) {
+                let _ = self.prepare_zap(leaf, list);
+                self.clear_marks(&path);
+                zapped += 1;
+            }
+        }
+        zapped
+    }
+
+    /// Frees zapped pages behind one flush (`kvm_mmu_commit_zap_page`, 6.1). Nothing happens for an empty list.
+    pub(crate) fn commit_zap(&mut self, list: ZapList) -> Flush {
+        let flush = Flush { calls: u32::from(!list.pages.is_empty()), obsolete_roots: list.obsolete_roots };
+        for id in list.pages {
+            self.arena.release(id);
+        }
+        flush
+    }
+
+    /// Commits, or flushes once if `flush` (`kvm_mmu_remote_flush_or_zap`, 6.1).
+    pub(crate) fn commit_or_flush(&mut self, list: ZapList, flush: bool) -> Flush {
+        let mut owed = self.commit_zap(list);
+        if owed.calls == 0 {
+            owed += Flush::when(flush);
+        }
+        owed
+    }
+
+    /// Zaps every page that shadows the frame (`kvm_mmu_unprotect_page`, 6.1).
+    pub(crate) fn unprotect(&mut self, gfn: Gfn) -> Flush {
+        let mut list = ZapList::default();
+        let mut at = self.next_gptes_page(gfn, None);
+        while let Some(id) = at {
+            let _ = self.prepare_zap(id, &mut list);
+            at = self.next_gptes_page(gfn, Some(id));
+        }
+        self.commit_zap(list)
+    }
+
+    /// Zaps at least `count` pages, those created first first; roots are passed over
+    /// (`kvm_mmu_zap_oldest_mmu_pages`, 6.1).
+    pub(crate) fn zap_oldest(&mut self, count: u64) -> Flush {
+        let mut list = ZapList::default();
+        let mut total = 0;
+        'restart: while total < count {
+            let mut at = self.arena.oldest_first().next();
+            while let Some(id) = at {
+                // The next one is looked up first: a zapped page is off the list.
+                let next = self.arena.newer(id);
+                if self.arena[id].root_count == 0 {
+                    let children = self.prepare_zap(id, &mut list);
+                    total += children + 1;
+                    if total >= count {
+                        break 'restart;
+                    }
+                    if children > 0 {
+                        continue 'restart;
+                    }
+                }
+                at = next;
+            }
+            break;
+        }
+        self.counters.mmu_recycled += total;
+        self.commit_zap(list)
+    }
+
+    /// Sees to it that a fault finds free pages (`make_mmu_pages_available`, 6.1). `false` if none can be had.
+    pub(crate) fn make_pages_available(&mut self) -> (bool, Flush) {
+        let available = |s: &Self| s.max_pages.saturating_sub(s.used_pages);
+        if available(self) >= MIN_FREE_PAGES {
+            return (true, Flush::NONE);
+        }
+        let flush = self.zap_oldest(REFILL_PAGES - available(self));
+        (available(self) > 0, flush)
+    }
+
+    /// Makes every page obsolete and zaps them, oldest first (`kvm_mmu_zap_all_fast`, 6.1).
+    pub(crate) fn zap_all_fast(&mut self) -> Flush {
+        self.events.zap_all_fast(self.generation, self.used_pages);
+        self.generation ^= 1;
+        let mut list = ZapList { pages: Vec::new(), obsolete_roots: true };
+        let old = self.generation ^ 1;
+        'restart: loop {
+            let mut at = self.arena.oldest_first().next();
+            while let Some(id) = at {
+                if self.arena[id].generation != old {
+                    break 'restart;
+                }
+                let next = self.arena.newer(id);
+                let children = self.prepare_zap(id, &mut list);
+                if children > 0 {
+                    continue 'restart;
+                }
+                at = next;
+            }
+            break;
+        }
+        self.commit_zap(list)
+    }
+
+    /// The memslot generation moved: when its bits in MMIO entries wrap, all must go
+    /// (`kvm_mmu_invalidate_mmio_sptes`, 6.1).
+    pub(crate) fn memslots_changed(&mut self) -> Flush {
+        let mask = ((1 << MMIO_GEN_BITS) - 1) & !(ADDRESS_SPACES - 1);
+        if self.memory.generation & mask == 0 { self.zap_all_fast() } else { Flush::NONE }
+    }
+}

@@ -1,0 +1,25 @@
+//! The core's tables (counters, events, operations, policies) for Python to document and check itself against.
+
+use pyo3::prelude::*;
+use shadowkvm_core::config::PROFILES;
+use shadowkvm_core::counters::{Scope, VcpuCounters, VmCounters};
+use shadowkvm_core::events::EVENTS;
+use shadowkvm_core::ops::OPS;
+use shadowkvm_core::outcome::Status;
+use shadowkvm_core::policy::POLICIES;
+
+/// Adds the tables to the module.
+pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let counters: Vec<_> = VmCounters::INFO
+        .iter()
+        .chain(VcpuCounters::INFO)
+        .map(|c| (c.name, if c.scope == Scope::Vm { "vm" } else { "vcpu" }, c.kind.name(), c.doc))
+        .collect();
+    module.add("COUNTERS", counters)?;
+    module.add("EVENTS", EVENTS.to_vec())?;
+    module.add("OPS", OPS.to_vec())?;
+    module.add("POLICIES", POLICIES.to_vec())?;
+    module.add("PROFILES", PROFILES.map(|p| p.name).to_vec())?;
+    module.add("STATUSES", Status::ALL.map(Status::name).to_vec())?;
+    module.add("MODEL_VERSION", "linux-6.1")
+}

@@ -1,0 +1,291 @@
+//! One vCPU: each method is one instruction of the guest.
+
+use crate::errors;
+use crate::vm::Vm;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use shadowkvm_core::counters::VcpuCounters;
+use shadowkvm_core::cpu::Registers;
+use shadowkvm_core::engine::Control;
+use shadowkvm_core::fault::insn::{Action, Insn, RmwKind};
+use shadowkvm_core::outcome::Outcome as CoreOutcome;
+
+/// What came of one operation: status, value, `error_code`, address.
+#[pyclass(frozen, eq, module = "shadowkvm._core")]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Outcome(CoreOutcome);
+
+#[pymethods]
+impl Outcome {
+    #[getter]
+    fn status(&self) -> &'static str {
+        self.0.status.name()
+    }
+
+    #[getter]
+    fn value(&self) -> u64 {
+        self.0.value
+    }
+
+    #[getter]
+    fn error_code(&self) -> u32 {
+        self.0.error_code
+    }
+
+    #[getter]
+    fn address(&self) -> u64 {
+        self.0.address
+    }
+
+    fn __hash__(&self) -> u64 {
+        self.0.value ^ self.0.address.rotate_left(17) ^ u64::from(self.0.error_code) << 40 ^ self.0.status as u64
+    }
+
+    fn __repr__(&self) -> String {
+        let o = &self.0;
+        format!(
+            "Outcome(status='{}', value={:#x}, error_code={:#x}, address={:#x})",
+            o.status.name(),
+            o.value,
+            o.error_code,
+            o.address
+        )
+    }
+}
+
+/// A vCPU of a VM.
+#[pyclass(frozen, module = "shadowkvm._core")]
+pub(crate) struct Vcpu {
+    pub(crate) vm: Py<Vm>,
+    pub(crate) index: usize,
+}
+
+impl Vcpu {
+    fn run(&self, py: Python<'_>, insn: &Insn) -> PyResult<Outcome> {
+        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.execute(self.index, insn)))
+    }
+
+    fn control(&self, py: Python<'_>, what: Control, rip: Option<u64>) -> PyResult<Outcome> {
+        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.control(self.index, what, rip)))
+    }
+}
+
+/// The settings that all accesses have in common.
+#[derive(Clone, Copy)]
+struct How {
+    user: bool,
+    rip: Option<u64>,
+    ac: bool,
+    implicit: bool,
+    delivery: bool,
+}
+
+fn access(action: Action, gva: u64, size: u8, how: How) -> PyResult<Insn> {
+    let wide = size == 16 && matches!(action, Action::Store | Action::Load);
+    if !(1..=8).contains(&size) && !wide {
+        return Err(errors::refused(format!("size {size} must be 1 to 8 bytes (16 for an SSE load or store)")));
+    }
+    let How { user, rip, ac, implicit, delivery } = how;
+    Ok(Insn { user, rip, ac, system: implicit, delivery, ..Insn::new(action, gva, size) })
+}
+
+/// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
+const MAX_REPEAT: u32 = 1024;
+
+fn store_kind(kind: &str) -> PyResult<bool> {
+    match kind {
+        "mov" => Ok(true),
+        "push" | "stos" | "movs" | "sse" => Ok(false),
+        _ => Err(errors::refused(format!("store kind {kind:?} is not known; choose mov, push, stos, movs or sse"))),
+    }
+}
+
+fn rmw_kind(kind: &str) -> PyResult<(RmwKind, bool)> {
+    Ok(match kind {
+        "or" => (RmwKind::Or, true),
+        "and" => (RmwKind::And, true),
+        "xor" => (RmwKind::Xor, false),
+        "add" => (RmwKind::Add, false),
+        "xchg" => (RmwKind::Xchg, true),
+        "cmpxchg" => (RmwKind::Cmpxchg, true),
+        _ => {
+            return Err(errors::refused(format!("rmw kind {kind:?} is not known; choose or, and, xor, add, xchg or cmpxchg")));
+        }
+    })
+}
+
+#[pymethods]
+#[allow(clippy::too_many_arguments, reason = "they are the keyword arguments of the Python methods")]
+impl Vcpu {
+    /// The vCPU's number.
+    #[getter]
+    fn id(&self) -> usize {
+        self.index
+    }
+
+    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, ac=false, implicit=false, delivery=false))]
+    fn read(
+        &self,
+        py: Python<'_>,
+        gva: u64,
+        size: u8,
+        user: bool,
+        rip: Option<u64>,
+        ac: bool,
+        implicit: bool,
+        delivery: bool,
+    ) -> PyResult<Outcome> {
+        self.run(py, &access(Action::Load, gva, size, How { user, rip, ac, implicit, delivery })?)
+    }
+
+    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, ac=false, implicit=false, delivery=false))]
+    fn write(
+        &self,
+        py: Python<'_>,
+        gva: u64,
+        value: u64,
+        size: u8,
+        user: bool,
+        kind: &str,
+        rip: Option<u64>,
+        ac: bool,
+        implicit: bool,
+        delivery: bool,
+    ) -> PyResult<Outcome> {
+        let insn = access(Action::Store, gva, size, How { user, rip, ac, implicit, delivery })?;
+        self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
+    }
+
+    #[pyo3(signature = (gva, operand, kind="or", size=8, user=false, *, expected=None, locked=true, rip=None, ac=false))]
+    fn rmw(
+        &self,
+        py: Python<'_>,
+        gva: u64,
+        operand: u64,
+        kind: &str,
+        size: u8,
+        user: bool,
+        expected: Option<u64>,
+        locked: bool,
+        rip: Option<u64>,
+        ac: bool,
+    ) -> PyResult<Outcome> {
+        let (kind, writes_tables) = rmw_kind(kind)?;
+        let how = How { user, rip, ac, implicit: false, delivery: false };
+        let insn = access(Action::Rmw(kind), gva, size, how)?;
+        let locked = locked || kind == RmwKind::Xchg;
+        self.run(py, &Insn { value: operand, expected, locked, writes_tables, ..insn })
+    }
+
+    #[pyo3(signature = (gva, user=false, *, rip=None, ac=false))]
+    fn fetch(&self, py: Python<'_>, gva: u64, user: bool, rip: Option<u64>, ac: bool) -> PyResult<Outcome> {
+        let _ = rip;
+        let how = How { user, rip: None, ac, implicit: false, delivery: false };
+        self.run(py, &access(Action::Fetch, gva, 1, how)?)
+    }
+
+    #[pyo3(signature = (gva, value, count, size=8, user=false, *, rip=None))]
+    fn rep_stos(
+        &self,
+        py: Python<'_>,
+        gva: u64,
+        value: u64,
+        count: u32,
+        size: u8,
+        user: bool,
+        rip: Option<u64>,
+    ) -> PyResult<Outcome> {
+        let how = How { user, rip, ac: false, implicit: false, delivery: false };
+        let insn = access(Action::Store, gva, size, how)?;
+        if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
+            return Err(errors::refused(format!("rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8")));
+        }
+        self.run(py, &Insn { value, writes_tables: false, repeat: count, ..insn })
+    }
+
+    #[pyo3(signature = (value, *, rip=None))]
+    fn load_cr0(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Cr0(value), rip)
+    }
+
+    #[pyo3(signature = (value, *, rip=None))]
+    fn load_cr3(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Cr3(value), rip)
+    }
+
+    #[pyo3(signature = (value, *, rip=None))]
+    fn load_cr4(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Cr4(value), rip)
+    }
+
+    #[pyo3(signature = (value, *, rip=None))]
+    fn wrmsr_efer(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Efer(value), rip)
+    }
+
+    #[pyo3(signature = (gva, *, rip=None))]
+    fn invlpg(&self, py: Python<'_>, gva: u64, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Invlpg(gva), rip)
+    }
+
+    #[pyo3(signature = (rip=None))]
+    fn hlt(&self, py: Python<'_>, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Hlt, rip)
+    }
+
+    #[pyo3(signature = (rip=None))]
+    fn io(&self, py: Python<'_>, rip: Option<u64>) -> PyResult<Outcome> {
+        self.control(py, Control::Io, rip)
+    }
+
+    /// Sets control registers as user space does; those that are None stay.
+    #[pyo3(signature = (*, cr0=None, cr3=None, cr4=None, efer=None))]
+    fn set_sregs(
+        &self,
+        py: Python<'_>,
+        cr0: Option<u64>,
+        cr3: Option<u64>,
+        cr4: Option<u64>,
+        efer: Option<u64>,
+    ) -> PyResult<()> {
+        let mut vm = self.vm.try_borrow_mut(py)?;
+        let old = vm.engine.vcpus()[self.index].regs;
+        let regs = Registers {
+            cr0: cr0.unwrap_or(old.cr0),
+            cr3: cr3.unwrap_or(old.cr3),
+            cr4: cr4.unwrap_or(old.cr4),
+            efer: efer.unwrap_or(old.efer),
+        };
+        vm.engine.set_sregs(self.index, regs).map_err(errors::config)
+    }
+
+    /// The control registers.
+    #[getter]
+    fn sregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let regs = self.vm.try_borrow(py)?.engine.vcpus()[self.index].regs;
+        let out = PyDict::new(py);
+        for (name, value) in [("cr0", regs.cr0), ("cr3", regs.cr3), ("cr4", regs.cr4), ("efer", regs.efer)] {
+            out.set_item(name, value)?;
+        }
+        Ok(out)
+    }
+
+    /// This vCPU's statistics under KVM's names.
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = PyDict::new(py);
+        for (info, value) in VcpuCounters::INFO.iter().zip(self.counter_values(py)?) {
+            out.set_item(info.name, value)?;
+        }
+        Ok(out)
+    }
+
+    /// The values of `counters` in the order of `COUNTERS`' vCPU part.
+    fn counter_values(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        Ok(self.vm.try_borrow(py)?.engine.vcpus()[self.index].counters.values())
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<vCPU {}>", self.index)
+    }
+}

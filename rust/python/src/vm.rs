@@ -1,0 +1,225 @@
+//! The VM: host requests, traces, and views of its state.
+
+use crate::errors;
+use crate::vcpu::Vcpu;
+use pyo3::buffer::PyBuffer;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use shadowkvm_core::config::{Config, CpuFeatures};
+use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
+use shadowkvm_core::memory::HostState;
+use shadowkvm_core::ops::ROW_BYTES;
+use shadowkvm_core::outcome::Outcome;
+use shadowkvm_core::policy::{POLICIES, builtin};
+use shadowkvm_core::types::Gpa;
+
+/// What a run came to, as a tuple: see `_core.pyi`.
+type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, pyo3::types::PyBytes>>);
+
+/// A virtual machine.
+#[pyclass(subclass, module = "shadowkvm._core")]
+pub(crate) struct Vm {
+    pub(crate) engine: Engine,
+}
+
+fn host_state(name: &str) -> PyResult<HostState> {
+    Ok(match name {
+        "absent" => HostState::Absent,
+        "zero" => HostState::Zero,
+        "writable" => HostState::Writable,
+        "huge-2m" => HostState::Huge2m,
+        "huge-1g" => HostState::Huge1g,
+        _ => {
+            return Err(errors::refused(format!(
+                "host page state {name:?} is not known; choose absent, zero, writable, huge-2m or huge-1g"
+            )));
+        }
+    })
+}
+
+/// A request for bytes of guest memory in one call; more would be an accident.
+const MAX_READ: usize = 1 << 32;
+
+#[pymethods]
+impl Vm {
+    #[new]
+    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false))]
+    fn new(memory: u64, vcpus: usize, policy: &str, profile: &str, event_mask: u32, nx_huge_pages: bool) -> PyResult<Self> {
+        let cpu = CpuFeatures::named(profile).map_err(errors::config)?;
+        let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let policy = builtin(policy)
+            .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
+        let config = Config { cpu, nx_huge_pages };
+        Engine::new(memory, vcpus, config, policy, event_mask).map(|engine| Self { engine }).map_err(errors::config)
+    }
+
+    /// The vCPUs.
+    #[getter]
+    fn vcpus(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyTuple>> {
+        let py = slf.py();
+        let count = slf.try_borrow()?.engine.vcpus().len();
+        let vcpus: PyResult<Vec<_>> =
+            (0..count).map(|index| Py::new(py, Vcpu { vm: slf.clone().unbind(), index })).collect();
+        PyTuple::new(py, vcpus?)
+    }
+
+    #[pyo3(signature = (slot, gpa, size, readonly=false, dirty_log=false))]
+    fn add_slot(&mut self, slot: u16, gpa: u64, size: u64, readonly: bool, dirty_log: bool) -> PyResult<()> {
+        self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)
+    }
+
+    fn delete_slot(&mut self, slot: u16) -> PyResult<()> {
+        self.engine.delete_slot(slot).map_err(errors::config)
+    }
+
+    fn get_dirty_log(&mut self, slot: u16) -> PyResult<Vec<u64>> {
+        self.engine.get_dirty_log(slot).map_err(errors::config)
+    }
+
+    fn set_dirty_log(&mut self, slot: u16, enabled: bool) -> PyResult<()> {
+        self.engine.set_dirty_log(slot, enabled).map_err(errors::config)
+    }
+
+    fn notifier_unmap(&mut self, gpa: u64, size: u64) -> PyResult<()> {
+        self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn set_page_quota(&mut self, n: u64) -> PyResult<()> {
+        self.engine.set_page_quota(n).map_err(errors::config)
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the bytes over by value")]
+    fn write_memory(&mut self, py: Python<'_>, gpa: u64, data: PyBuffer<u8>) -> PyResult<()> {
+        self.engine.write_memory(Gpa(gpa), &data.to_vec(py)?).map_err(errors::memory)
+    }
+
+    fn read_memory(&self, gpa: u64, size: usize) -> PyResult<Vec<u8>> {
+        if size > MAX_READ {
+            return Err(errors::refused(format!("read_memory: size {size} is above the limit of {MAX_READ} bytes")));
+        }
+        self.engine.read_memory(Gpa(gpa), size).map_err(errors::memory)
+    }
+
+    fn set_host_pages(&mut self, gpa: u64, size: u64, state: &str) -> PyResult<()> {
+        self.engine.set_host_pages(Gpa(gpa), size, host_state(state)?).map_err(errors::config)
+    }
+
+    fn set_sites(&mut self, sites: Vec<u64>) {
+        self.engine.set_sites(sites);
+    }
+
+    /// Statistics of the VM, then the sums over its vCPUs, in the order of `COUNTERS`.
+    fn counter_values(&self) -> Vec<u64> {
+        let mut out = self.engine.counters().values();
+        out.extend(self.engine.vcpu_counters().values());
+        out
+    }
+
+    /// Runs packed rows of a trace with the GIL released.
+    #[pyo3(signature = (rows, first_row=0, pages=None, outcomes=false))]
+    #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the buffers over by value")]
+    fn run_rows<'py>(
+        &mut self,
+        py: Python<'py>,
+        rows: PyBuffer<u8>,
+        first_row: u64,
+        pages: Option<PyBuffer<u8>>,
+        outcomes: bool,
+    ) -> PyResult<RunTuple<'py>> {
+        // Copied, so that another thread may change the array while the rows run.
+        let rows = rows.to_vec(py)?;
+        let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
+        let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
+        let engine = &mut self.engine;
+        let totals = py.detach(|| {
+            let options = RunOptions { first_row, pages: Pages(&pages) };
+            if outcomes {
+                engine.run(&rows, &options, |outcome| out.extend_from_slice(&packed(outcome)))
+            } else {
+                engine.run(&rows, &options, |_| {})
+            }
+        });
+        let totals = totals.map_err(errors::trace)?;
+        let bytes = outcomes.then(|| pyo3::types::PyBytes::new(py, &out));
+        Ok((
+            totals.by_status.to_vec(),
+            totals.faults_matched,
+            totals.faults_missed,
+            totals.faults_unexpected,
+            totals.first_mismatch,
+            bytes,
+        ))
+    }
+
+    /// The recorded events as packed records of 40 bytes.
+    fn event_records<'py>(&self, py: Python<'py>) -> Bound<'py, pyo3::types::PyBytes> {
+        let records = self.engine.events().records();
+        let mut out = Vec::with_capacity(records.len() * 40);
+        for e in records {
+            for word in [e.op, e.a, e.b, e.c] {
+                out.extend_from_slice(&word.to_le_bytes());
+            }
+            out.extend_from_slice(&e.code.to_le_bytes());
+            out.extend_from_slice(&[e.kind as u8, e.vcpu, e.level, e.flag]);
+        }
+        pyo3::types::PyBytes::new(py, &out)
+    }
+
+    /// The recorded events from number `first` on, as the kernel prints them.
+    #[pyo3(signature = (first=0))]
+    fn event_lines(&self, first: usize) -> Vec<String> {
+        self.engine.events().records().iter().skip(first).map(ToString::to_string).collect()
+    }
+
+    /// Forgets the recorded events.
+    fn clear_events(&mut self) {
+        drop(self.engine.take_events());
+    }
+
+    /// Checks every invariant of the state from scratch.
+    fn audit(&self) -> PyResult<()> {
+        self.engine.audit().map_err(errors::invariant)
+    }
+
+    /// Every shadow page with its entries.
+    fn shadow_pages<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let shadow = self.engine.shadow();
+        let arena = shadow.arena();
+        let page = |id| {
+            let page = &arena[id];
+            let level = page.level().0;
+            let entries: Vec<_> = shadowkvm_core::shadow::page::bits(&page.used)
+                .map(|index| (index, shadow.spte(id.entry(index))))
+                .collect();
+            let children: Vec<_> = entries
+                .iter()
+                .map(|(_, spte)| if spte.is_table(level) { i64::from(spte.child().0) } else { -1 })
+                .collect();
+            let sptes: Vec<_> = entries.iter().map(|(index, spte)| (*index, spte.0)).collect();
+            let role = page.role;
+            let numbers = (page.unsync, page.root_count, page.unsync_children, page.flood, page.generation, role.0);
+            let first = (id.0, page.gfn.0, level, role.access().text(), role.direct(), role.invalid());
+            let first = first.into_pyobject(py)?.into_any().cast_into::<PyTuple>()?;
+            let numbers = numbers.into_pyobject(py)?.into_any().cast_into::<PyTuple>()?;
+            let entries = (sptes, children).into_pyobject(py)?.into_any().cast_into::<PyTuple>()?;
+            PyTuple::new(py, first.iter().chain(numbers.iter()).chain(entries.iter()).collect::<Vec<_>>())
+        };
+        arena.live().into_iter().map(page).collect()
+    }
+
+    /// For each vCPU the page of its current root and of its previous ones, -1 for none.
+    fn roots(&self) -> Vec<(i64, Vec<i64>)> {
+        let number = |root: &shadowkvm_core::cpu::Root| root.page.map_or(-1, |id| i64::from(id.0));
+        self.engine.vcpus().iter().map(|v| (number(&v.root), v.prev_roots.iter().map(number).collect())).collect()
+    }
+}
+
+/// One outcome as 24 bytes: value u8, address u8, `error_code` u4, status u1, 3 bytes of padding.
+fn packed(outcome: &Outcome) -> [u8; ROW_BYTES] {
+    let mut out = [0; ROW_BYTES];
+    out[..8].copy_from_slice(&outcome.value.to_le_bytes());
+    out[8..16].copy_from_slice(&outcome.address.to_le_bytes());
+    out[16..20].copy_from_slice(&outcome.error_code.to_le_bytes());
+    out[20] = outcome.status as u8;
+    out
+}
