@@ -178,7 +178,7 @@ def diff_stages(scenario: Scenario, result: Result) -> list[str]:
 def leaf_tables(vm: Any) -> list[tuple[int, int, bool, list[int]]]:
     """(gfn, level, direct, 512 sptes) of every shadow page. The one place that knows what vm.shadow() looks like."""
     return [
-        (int(page.gfn), int(page.role.level), bool(page.role.direct), [int(spte) for spte in page.sptes])
+        (int(page.gfn), int(page.role.level), bool(page.role.direct), [page.sptes.get(i, 0) for i in range(512)])
         for page in vm.shadow().pages
     ]
 

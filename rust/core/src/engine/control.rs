@@ -124,10 +124,12 @@ impl Ctx<'_> {
                 return outcome;
             }
         }
+        // The emulator hands only 32 bits of CR0 and CR4 on (emulator_set_cr, 6.1); the CPU's decoder all 64.
+        let word = |value: u64| if assisted { value } else { value & 0xffff_ffff };
         let done = match what {
-            Control::Cr0(value) => self.set_cr0(value),
+            Control::Cr0(value) => self.set_cr0(word(value)),
             Control::Cr3(value) => self.set_cr3(value),
-            Control::Cr4(value) => self.set_cr4(value),
+            Control::Cr4(value) => self.set_cr4(word(value)),
             Control::Invlpg(gva) => {
                 self.invlpg(Gva(gva), assisted);
                 Ok(())

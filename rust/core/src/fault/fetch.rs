@@ -222,6 +222,11 @@ impl Ctx<'_> {
 
     fn prefetch_run(&mut self, id: PageId, from: usize, to: usize) -> bool {
         let access = self.shadow.arena[id].role.access();
+        let (first, last) = (self.shadow.arena.mapped_gfn(id.entry(from)), self.shadow.arena.mapped_gfn(id.entry(to - 1)));
+        // gfn_to_page_many_atomic (6.1) gives nothing at all for a run that leaves its slot.
+        if !self.shadow.memory.slot(first).is_some_and(|slot| slot.holds(last)) {
+            return false;
+        }
         for index in from..to {
             let pos = id.entry(index);
             let gfn = self.shadow.arena.mapped_gfn(pos);
