@@ -12,12 +12,24 @@ mod translations;
 use crate::cpu::Vcpu;
 use crate::engine::Vm;
 use crate::error::InvariantError;
+use crate::role::Role;
 use crate::shadow::Shadow;
 use crate::shadow::spte::Spte;
-use crate::types::{ENTRIES, PageId, SptePos};
+use crate::types::{Access, ENTRIES, PageId, SptePos};
 
 /// Findings after which the rest is only counted: a broken list yields one for each of its entries.
 const MAX_FINDINGS: usize = 100;
+
+/// `cr0_wp` in KVM's `kvm_mmu_page_role` (1.1.1 of the specification).
+const ROLE_WP: u32 = 1 << 13;
+
+/// Whether a leaf or a direct page may have the rights `have` where the guest's tables grant `granted`. With CR0.WP off
+/// a supervisor write makes a read-only page writable for the supervisor alone, which is emulated by a page of its own
+/// with W and without U (`FNAME(page_fault)`, 6.1).
+const fn may_grant(granted: Access, have: Access, role: Role) -> bool {
+    let own = role.0 & ROLE_WP == 0 && !have.has(Access::U);
+    granted.with(if own { Access::W } else { Access::NONE }).has(have)
+}
 
 impl Vm {
     /// Checks every invariant that holds between two operations, whatever guest and host did.

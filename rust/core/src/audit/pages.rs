@@ -1,6 +1,8 @@
 //! Shadow pages among themselves: hash, active list, parents, roots, unsync marks.
 
-use super::Audit;
+use super::{Audit, may_grant};
+use crate::bits::PT_ADDR;
+use crate::cpu::CpuRole;
 use crate::shadow::page::{Bitmap, bits};
 use crate::shadow::spte::Spte;
 use crate::types::{ENTRIES, PageId, SptePos};
@@ -59,7 +61,9 @@ impl Audit<'_> {
         for id in self.live.clone() {
             let page = &self.shadow.arena[id];
             if page.role.invalid() {
-                self.expect(page.root_count > 0, |a| format!("{} was zapped and is no root, but not freed", a.name(id)));
+                self.expect(page.root_count > 0, |a| {
+                    format!("{} was zapped and is no root, but not freed", a.name(id))
+                });
                 self.expect(page.used == Bitmap::default(), |a| format!("{} was zapped but has entries", a.name(id)));
                 self.expect(!page.unsync, |a| format!("{} was zapped but is unsync", a.name(id)));
                 let linked = self.shadow.lists.first(page.parents).is_some();
@@ -77,6 +81,12 @@ impl Audit<'_> {
     pub(super) fn check_roots(&mut self) {
         let mut count: FxHashMap<PageId, u32> = FxHashMap::default();
         for vcpu in self.vcpus {
+            let role = CpuRole::of(&vcpu.regs, &self.shadow.config.cpu);
+            self.expect(vcpu.role == role, |_| format!("vCPU {} walks by rules of other registers", vcpu.id));
+            let named = vcpu.root.page.is_none() || vcpu.root.pgd == vcpu.regs.cr3;
+            self.expect(named, |_| {
+                format!("vCPU {} has cr3 {:#x} but a root for {:#x}", vcpu.id, vcpu.regs.cr3, vcpu.root.pgd)
+            });
             for (place, root) in std::iter::once(&vcpu.root).chain(&vcpu.prev_roots).enumerate() {
                 let Some(id) = root.page else { continue };
                 *count.entry(id).or_default() += 1;
@@ -86,9 +96,9 @@ impl Audit<'_> {
                     continue;
                 }
                 let page = &self.shadow.arena[id];
-                let gfn = (root.pgd & crate::bits::PT_ADDR) >> 12;
+                let gfn = (root.pgd & PT_ADDR) >> 12;
                 self.expect(page.gfn.0 == gfn, |a| format!("{who} with pgd {:#x} is {}", root.pgd, a.name(id)));
-                let fits = page.role.invalid() || place > 0 || page.role == vcpu.role.root_role();
+                let fits = page.role.invalid() || page.role == vcpu.role.root_role();
                 self.expect(fits, |a| format!("{who} has the role of another paging mode: {}", a.name(id)));
                 let top = page.level() == vcpu.role.level && !page.role.direct();
                 self.expect(top, |a| format!("{who} is no top-level table: {}", a.name(id)));
@@ -135,12 +145,16 @@ impl Audit<'_> {
                     let spte = self.shadow.spte(pos);
                     spte.is_table(self.shadow.arena[pos.page()].level().0) && spte.child() == id
                 };
-                self.expect(points, |a| format!("{} has a parent that points elsewhere: {}", a.name(id), a.entry_name(pos)));
+                self.expect(points, |a| {
+                    format!("{} has a parent that points elsewhere: {}", a.name(id), a.entry_name(pos))
+                });
             }
         }
         for (pos, child) in std::mem::take(&mut self.tables) {
             let times = listed.get(&pos).map_or(0, |(times, _)| *times);
-            self.expect(times == 1, |a| format!("{} is {times} times among the parents of its child", a.entry_name(pos)));
+            self.expect(times == 1, |a| {
+                format!("{} is {times} times among the parents of its child", a.entry_name(pos))
+            });
             self.check_child(pos, child);
         }
     }
@@ -156,15 +170,19 @@ impl Audit<'_> {
         self.expect(below.role == wanted, |a| {
             format!("{} points to a page of another level or mode: {}", a.entry_name(pos), a.name(child))
         });
-        let within = !parent.role.access().has(below.role.access());
-        // A supervisor write while CR0.WP is off gives a direct page W that no table grants (5.4).
-        let too_much = within && (below.has_gptes() || parent.has_gptes() && below.role.sync_key() & super::ROLE_WP != 0);
-        self.expect(!too_much, |a| format!("{} points to a page with more rights: {}", a.entry_name(pos), a.name(child)));
+        let fits = match (parent.role.direct(), below.role.direct()) {
+            (true, _) => below.role.access() == parent.role.access(),
+            (false, true) => may_grant(parent.role.access(), below.role.access(), below.role),
+            (false, false) => parent.role.access().has(below.role.access()),
+        };
+        self.expect(fits, |a| format!("{} points to a page with more rights: {}", a.entry_name(pos), a.name(child)));
         let indirect = parent.role.direct() && !below.role.direct();
         self.expect(!indirect, |a| format!("{} of a direct page points to a guest table", a.entry_name(pos)));
         if parent.role.direct() {
             let gfn = arena.mapped_gfn(pos);
-            self.expect(below.gfn == gfn, |a| format!("{} should lead to gfn {gfn:#x}: {}", a.entry_name(pos), a.name(child)));
+            self.expect(below.gfn == gfn, |a| {
+                format!("{} should lead to gfn {gfn:#x}: {}", a.entry_name(pos), a.name(child))
+            });
         }
     }
 
@@ -182,7 +200,8 @@ impl Audit<'_> {
             }
             let parents: Vec<_> = self.shadow.lists.iter(page.parents).take(self.entries()).collect();
             for pos in parents {
-                let marked = self.shadow.arena[pos.page()].unsync_bitmap[pos.index() / 64] >> (pos.index() % 64) & 1 != 0;
+                let marked =
+                    self.shadow.arena[pos.page()].unsync_bitmap[pos.index() / 64] >> (pos.index() % 64) & 1 != 0;
                 let what = if page.unsync { "is unsync" } else { "has unsync pages below" };
                 self.expect(marked, |a| format!("{} {what}, but {} is not marked", a.name(id), a.entry_name(pos)));
             }
