@@ -34,9 +34,9 @@ def build_vm(sk: Any, corpus: Corpus, scenario: Scenario) -> Any:
     vm = sk.Vm(memory=RAM, vcpus=1, profile="qemu-tcg", events=True)
     vm.set_host_pages(0, RAM, HOST_PAGES[scenario.host])
     for address, page in memory_pages(corpus, scenario).items():
-        vm.write_memory(address, page)
         if scenario.host == "untouched":
             vm.set_host_pages(address, 4096, "writable")
+        vm.write_memory(address, page)
     for what, *args in scenario.setup:
         if what == "slot":
             vm.add_slot(*args[:3], readonly=True)

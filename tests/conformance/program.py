@@ -58,7 +58,7 @@ class Guest:
         self.regs = {"rsp": STACK, "rsi": OPS_AT}
         self.user = False
         self.ac = False
-        self.rip = 0
+        self.rip, self.length = 0, 1
         self.faults: list[int] = []  # error codes of the guest #PFs delivered
 
     # -- ops ---------------------------------------------------------------------------------------------------------
@@ -98,9 +98,7 @@ class Guest:
     def step(self, insn: Insn) -> bool:
         """One instruction. True: control went to a handler that jumps back to the loop by itself."""
         self.rip = insn.rip
-        if insn.rip >> 12 != (insn.rip + insn.length - 1) >> 12:  # the CPU fetches both pages
-            self.ok(self.cpu.fetch(insn.rip, self.user))
-            self.ok(self.cpu.fetch((insn.rip | 0xFFF) + 1, self.user))
+        self.length = insn.length
         verb, *words = insn.access.split()
         if verb in self.regs or verb in ("r9", "r10", "r11"):
             source = words[0]
@@ -121,6 +119,8 @@ class Guest:
         how: dict[str, Any] = {"rip": self.rip, "user": self.user}
         if self.ac:
             how["ac"] = True
+        if self.rip >> 12 != (self.rip + self.length - 1) >> 12:  # the CPU fetches both pages
+            how["length"] = self.length
         return how
 
     def do_plain(self) -> None:
@@ -160,7 +160,7 @@ class Guest:
         )
 
     def do_cmpxchg16b(self) -> None:
-        self.ok(self.cpu.rmw(self.regs["rdx"], 0, kind="cmpxchg", size=16, expected=0, locked=True, **self.how()))
+        self.ok(self.cpu.rmw(self.regs["rdx"], 0, kind="cmpxchg", size=16, expected=1, locked=True, **self.how()))
 
     def do_push(self, what: str) -> None:
         value = self.regs.get(what, 2) if not what.isdigit() else int(what)

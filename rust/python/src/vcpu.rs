@@ -75,18 +75,22 @@ impl Vcpu {
 struct How {
     user: bool,
     rip: Option<u64>,
+    length: u8,
     ac: bool,
     implicit: bool,
     delivery: bool,
 }
 
 fn access(action: Action, gva: u64, size: u8, how: How) -> PyResult<Insn> {
-    let wide = size == 16 && matches!(action, Action::Store | Action::Load);
+    let wide = size == 16 && matches!(action, Action::Store | Action::Load | Action::Rmw(RmwKind::Cmpxchg));
     if !(1..=8).contains(&size) && !wide {
-        return Err(errors::refused(format!("size {size} must be 1 to 8 bytes (16 for an SSE load or store)")));
+        return Err(errors::refused(format!("size {size} must be 1 to 8 bytes (16 for an SSE load or store and CMPXCHG16B)")));
     }
-    let How { user, rip, ac, implicit, delivery } = how;
-    Ok(Insn { user, rip, ac, system: implicit, delivery, ..Insn::new(action, gva, size) })
+    let How { user, rip, length, ac, implicit, delivery } = how;
+    if !(1..=15).contains(&length) {
+        return Err(errors::refused(format!("length {length} must be 1 to 15, the bytes of an instruction")));
+    }
+    Ok(Insn { user, rip, length, ac, system: implicit, delivery, ..Insn::new(action, gva, size) })
 }
 
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
@@ -123,7 +127,7 @@ impl Vcpu {
         self.index
     }
 
-    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, ac=false, implicit=false, delivery=false))]
+    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn read(
         &self,
         py: Python<'_>,
@@ -131,14 +135,15 @@ impl Vcpu {
         size: u8,
         user: bool,
         rip: Option<u64>,
+        length: u8,
         ac: bool,
         implicit: bool,
         delivery: bool,
     ) -> PyResult<Outcome> {
-        self.run(py, &access(Action::Load, gva, size, How { user, rip, ac, implicit, delivery })?)
+        self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery })?)
     }
 
-    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, ac=false, implicit=false, delivery=false))]
+    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn write(
         &self,
         py: Python<'_>,
@@ -148,15 +153,16 @@ impl Vcpu {
         user: bool,
         kind: &str,
         rip: Option<u64>,
+        length: u8,
         ac: bool,
         implicit: bool,
         delivery: bool,
     ) -> PyResult<Outcome> {
-        let insn = access(Action::Store, gva, size, How { user, rip, ac, implicit, delivery })?;
+        let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery })?;
         self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
     }
 
-    #[pyo3(signature = (gva, operand, kind="or", size=8, user=false, *, expected=None, locked=true, rip=None, ac=false))]
+    #[pyo3(signature = (gva, operand, kind="or", size=8, user=false, *, expected=None, locked=true, rip=None, length=1, ac=false))]
     fn rmw(
         &self,
         py: Python<'_>,
@@ -168,10 +174,11 @@ impl Vcpu {
         expected: Option<u64>,
         locked: bool,
         rip: Option<u64>,
+        length: u8,
         ac: bool,
     ) -> PyResult<Outcome> {
         let (kind, writes_tables) = rmw_kind(kind)?;
-        let how = How { user, rip, ac, implicit: false, delivery: false };
+        let how = How { user, rip, length, ac, implicit: false, delivery: false };
         let insn = access(Action::Rmw(kind), gva, size, how)?;
         let locked = locked || kind == RmwKind::Xchg;
         self.run(py, &Insn { value: operand, expected, locked, writes_tables, ..insn })
@@ -180,7 +187,7 @@ impl Vcpu {
     #[pyo3(signature = (gva, user=false, *, rip=None, ac=false))]
     fn fetch(&self, py: Python<'_>, gva: u64, user: bool, rip: Option<u64>, ac: bool) -> PyResult<Outcome> {
         let _ = rip;
-        let how = How { user, rip: None, ac, implicit: false, delivery: false };
+        let how = How { user, rip: None, length: 1, ac, implicit: false, delivery: false };
         self.run(py, &access(Action::Fetch, gva, 1, how)?)
     }
 
@@ -195,12 +202,12 @@ impl Vcpu {
         user: bool,
         rip: Option<u64>,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, ac: false, implicit: false, delivery: false };
+        let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
         let insn = access(Action::Store, gva, size, how)?;
         if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
             return Err(errors::refused(format!("rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8")));
         }
-        self.run(py, &Insn { value, writes_tables: false, repeat: count, ..insn })
+        self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count, ..insn })
     }
 
     #[pyo3(signature = (value, *, rip=None))]

@@ -42,7 +42,7 @@ impl Ctx<'_> {
                         at = who;
                     }
                     if let After::Finished(outcome) = self.handle_page_fault(&who, gva, code) {
-                        return self.leave(outcome);
+                        return self.finish(&who, outcome);
                     }
                 }
             }
@@ -59,10 +59,23 @@ impl Ctx<'_> {
         }
     }
 
+    /// The emulator leaves RIP at a REP that it carried out, so that the CPU runs it once more with nothing left.
+    fn finish(&mut self, insn: &Insn, outcome: Outcome) -> Outcome {
+        let left = self.leave(outcome);
+        if insn.rep
+            && matches!(left.status, Status::Done | Status::Mmio)
+            && let Some(rip) = insn.rip
+            && let Err(fault) = self.fetch_insn(rip, insn.user)
+        {
+            return fault;
+        }
+        left
+    }
+
     /// Fetches an instruction through the shadow, exits handled, until the CPU has it. For instructions without a
     /// memory operand.
-    pub(crate) fn fetch_insn(&mut self, rip: u64) -> Result<(), Outcome> {
-        let outcome = self.run_insn(&Insn::new(Action::Fetch, rip, 1));
+    pub(crate) fn fetch_insn(&mut self, rip: u64, user: bool) -> Result<(), Outcome> {
+        let outcome = self.run_insn(&Insn { user, ..Insn::new(Action::Fetch, rip, 1) });
         if outcome.status == Status::Done { Ok(()) } else { Err(outcome) }
     }
 
@@ -74,6 +87,9 @@ impl Ctx<'_> {
         {
             let fetch = Insn { action: Action::Fetch, gva: Gva(rip), size: 1, system: false, ..*insn };
             self.access_page(&fetch, Gva(rip), AccessKind::Fetch)?;
+            if let Some(next) = insn.second_page(Gva(rip)) {
+                self.access_page(&Insn { gva: next, ..fetch }, next, AccessKind::Fetch)?;
+            }
         }
         let mut value = 0;
         for element in 0..insn.repeat {
@@ -118,8 +134,11 @@ impl Ctx<'_> {
             }
             Action::Rmw(_) => {
                 let old = self.load(insn, frames);
-                let (new, _) = insn.compute(old);
-                self.store(insn, frames, new);
+                let (new, equal) = insn.compute(old);
+                // Half of a 16-byte operand is all that is known of it; a failed exchange leaves it alone.
+                if equal || insn.size <= 8 {
+                    self.store(insn, frames, new);
+                }
                 old
             }
         }

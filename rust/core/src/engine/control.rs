@@ -58,10 +58,17 @@ impl Ctx<'_> {
             return Outcome::of(Status::Shutdown);
         }
         if let Some(rip) = rip
-            && let Err(outcome) = self.fetch_insn(rip)
+            && let Err(outcome) = self.fetch_insn(rip, false)
         {
             return outcome;
         }
+        // The emulator hands only 32 bits of CR0 and CR4 on (emulator_set_cr, 6.1); the CPU's decoder all 64.
+        let word = |value: u64| if self.shadow.config.cpu.decode_assists { value } else { value & 0xffff_ffff };
+        let what = match what {
+            Control::Cr0(value) => Control::Cr0(word(value)),
+            Control::Cr4(value) => Control::Cr4(word(value)),
+            other => other,
+        };
         if let Control::Cr0(value) = what
             && !self.cr0_write_exits(value)
         {
@@ -124,12 +131,10 @@ impl Ctx<'_> {
                 return outcome;
             }
         }
-        // The emulator hands only 32 bits of CR0 and CR4 on (emulator_set_cr, 6.1); the CPU's decoder all 64.
-        let word = |value: u64| if assisted { value } else { value & 0xffff_ffff };
         let done = match what {
-            Control::Cr0(value) => self.set_cr0(word(value)),
+            Control::Cr0(value) => self.set_cr0(value),
             Control::Cr3(value) => self.set_cr3(value),
-            Control::Cr4(value) => self.set_cr4(word(value)),
+            Control::Cr4(value) => self.set_cr4(value),
             Control::Invlpg(gva) => {
                 self.invlpg(Gva(gva), assisted);
                 Ok(())
@@ -149,7 +154,7 @@ impl Ctx<'_> {
         self.shadow.events.emulate_insn(rip.unwrap_or(0), false);
         fetched.map_err(|stop| match stop {
             Stop::Fault(fault) => self.inject(fault),
-            Stop::NoBytes => {
+            Stop::NoBytes | Stop::Unhandled => {
                 self.vcpu.counters.insn_emulation_fail += 1;
                 Outcome::of(Status::InternalError)
             }

@@ -52,7 +52,8 @@ impl Ctx<'_> {
                 After::Finished(Outcome { status: Status::Mmio, value, error_code: 0, address: gpa })
             }
             Ok(effect) => After::Finished(Outcome::done(effect.value)),
-            Err(fault) => After::Finished(self.inject(fault)),
+            Err(Stop::Fault(fault)) => After::Finished(self.inject(fault)),
+            Err(stop) => self.emulation_failed(insn, gva, how, stop),
         }
     }
 
@@ -67,7 +68,8 @@ impl Ctx<'_> {
                 None => return Ok(()),
             },
         };
-        self.walk_for_bytes(rip, insn.user)
+        self.walk_for_bytes(rip, insn.user)?;
+        insn.second_page(rip).map_or(Ok(()), |next| self.walk_for_bytes(next, insn.user))
     }
 
     pub(crate) fn walk_for_bytes(&mut self, rip: Gva, user: bool) -> Result<(), Stop> {
@@ -122,7 +124,7 @@ impl Ctx<'_> {
         After::Finished(Outcome::of(if insn.user { Status::InvalidOpcode } else { Status::InternalError }))
     }
 
-    fn execute(&mut self, insn: &Insn) -> Result<Effect, GuestFault> {
+    fn execute(&mut self, insn: &Insn) -> Result<Effect, Stop> {
         let mut effect = Effect::default();
         match insn.action {
             Action::Load | Action::Fetch => self.emulated_read(insn, &mut effect)?,
@@ -138,6 +140,10 @@ impl Ctx<'_> {
                     code: fault.code.with(ErrorCode::W),
                     ..fault
                 })?;
+                if insn.size > 8 {
+                    // CMPXCHG16B is decoded and its operand read, but em_cmpxchg8b (6.1) does not do it.
+                    return Err(Stop::Unhandled);
+                }
                 let (new, _) = insn.compute(effect.value);
                 if insn.locked {
                     self.emulated_cmpxchg(insn, effect.value, new, &mut effect)?;

@@ -59,10 +59,14 @@ pub struct Insn {
     pub delivery: bool,
     /// The store leaves memory as it is.
     pub keep: bool,
+    /// REP prefix.
+    pub rep: bool,
     /// Elements that are stored one after the other (REP STOS); 1 for everything else.
     pub repeat: u32,
     /// Its address; with one, it is fetched through the shadow first.
     pub rip: Option<u64>,
+    /// Its bytes, 1 to 15; they matter when they cross a page end.
+    pub length: u8,
 }
 
 impl Insn {
@@ -82,8 +86,10 @@ impl Insn {
             system: false,
             delivery: false,
             keep: false,
+            rep: false,
             repeat: 1,
             rip: None,
+            length: 1,
         }
     }
 
@@ -101,6 +107,12 @@ impl Insn {
     #[must_use]
     pub const fn implicit(&self) -> bool {
         self.system || self.delivery
+    }
+
+    /// The page where the instruction's bytes go on, if they do not all lie on the page where they begin.
+    #[must_use]
+    pub const fn second_page(&self, rip: Gva) -> Option<Gva> {
+        if rip.offset() + self.length as u64 > 4096 { Some(Gva(rip.page().0.wrapping_add(4096))) } else { None }
     }
 
     /// The address of the instruction, 0 if it is not known.

@@ -33,6 +33,8 @@ pub enum Stop {
     Fault(GuestFault),
     /// The instruction's bytes are not in memory.
     NoBytes,
+    /// The emulator does not know the instruction.
+    Unhandled,
 }
 
 impl From<GuestFault> for Stop {
