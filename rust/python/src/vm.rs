@@ -20,6 +20,8 @@ type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, py
 #[pyclass(subclass, module = "shadowkvm._core")]
 pub(crate) struct Vm {
     pub(crate) engine: Engine,
+    /// The rows of the run under way, copied so that another thread may change the array meanwhile; kept for the next.
+    rows: Vec<u8>,
 }
 
 fn host_state(name: &str) -> PyResult<HostState> {
@@ -50,7 +52,8 @@ impl Vm {
         let policy = builtin(policy)
             .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
         let config = Config { cpu, nx_huge_pages };
-        Engine::new(memory, vcpus, config, policy, event_mask).map(|engine| Self { engine }).map_err(errors::config)
+        let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
+        Ok(Self { engine, rows: Vec::new() })
     }
 
     /// The vCPUs.
@@ -126,17 +129,17 @@ impl Vm {
         pages: Option<PyBuffer<u8>>,
         outcomes: bool,
     ) -> PyResult<RunTuple<'py>> {
-        // Copied, so that another thread may change the array while the rows run.
-        let rows = rows.to_vec(py)?;
+        self.rows.resize(rows.len_bytes(), 0);
+        rows.copy_to_slice(py, &mut self.rows)?;
         let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
-        let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
-        let engine = &mut self.engine;
+        let mut out = Vec::with_capacity(if outcomes { self.rows.len() } else { 0 });
+        let (engine, rows) = (&mut self.engine, &self.rows);
         let totals = py.detach(|| {
-            let options = RunOptions { first_row, pages: Pages(&pages) };
+            let options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
             if outcomes {
-                engine.run(&rows, &options, |outcome| out.extend_from_slice(&packed(outcome)))
+                engine.run(rows, &options, |outcome| out.extend_from_slice(&packed(outcome)))
             } else {
-                engine.run(&rows, &options, |_| {})
+                engine.run(rows, &options, |_| {})
             }
         });
         let totals = totals.map_err(errors::trace)?;

@@ -1,17 +1,19 @@
 //! Running one instruction with a memory operand: the CPU's accesses, its exits, and running it again.
 
 use crate::config::MAX_RESUMES;
+use crate::cpu::Requests;
 use crate::engine::Vm;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx};
-use crate::hw::walk::access;
+use crate::hw::walk::{CpuView, access};
 use crate::outcome::{Outcome, Status};
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva};
 
 /// Why the CPU did not finish an instruction.
+#[derive(Clone, Copy)]
 enum Trap {
-    /// #PF, which exits: who accessed, where, with which code.
-    Fault(Insn, Gva, ErrorCode),
+    /// #PF, which exits: where, with which code, of an operand or of the instruction's own bytes.
+    Fault { gva: Gva, code: ErrorCode, operand: bool },
     /// #GP: an address that is not canonical.
     GeneralProtection,
 }
@@ -26,6 +28,50 @@ impl Vm {
     }
 }
 
+/// The fetch of an instruction's own bytes, as an instruction of its own.
+fn fetch_of(insn: &Insn, gva: Gva) -> Insn {
+    Insn { action: Action::Fetch, gva, size: 1, system: false, ..*insn }
+}
+
+/// What a fast access needs to know of an instruction; everything else about it has its default.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain {
+    pub gva: Gva,
+    pub size: u8,
+    pub kind: AccessKind,
+    pub user: bool,
+    pub ac: bool,
+    /// The value that a store stores; `None` leaves memory as it is.
+    pub value: Option<u64>,
+}
+
+impl Vm {
+    /// Runs an access that needs no exit; `None` if it needs one, or anything else out of the ordinary, and nothing
+    /// was done. It is [`Vm::execute`] without the ways that most accesses do not go.
+    #[inline]
+    pub(crate) fn execute_plain(&mut self, vcpu: usize, plain: &Plain) -> Option<u64> {
+        let cpu = self.vcpus.get_mut(vcpu)?;
+        let (root, offset) = (cpu.root.page?, plain.gva.offset());
+        if cpu.requests != Requests::default() || !plain.gva.is_canonical() || offset + u64::from(plain.size) > 4096 {
+            return None;
+        }
+        let role = &cpu.role;
+        let view = CpuView { user: plain.user, smep: role.smep, smap: role.smap && !plain.ac, rsvd_sets_p: true };
+        let frame = access(&mut self.shadow, root, plain.gva, plain.kind, &view).ok()?;
+        cpu.counters.x_ops += 1;
+        self.shadow.events.op += 1;
+        let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | offset);
+        match (plain.kind, frame, plain.value) {
+            (AccessKind::Read, Some(_), Some(_)) => Some(self.shadow.memory.host.read(gpa, plain.size)),
+            (AccessKind::Write, Some(_), Some(value)) => {
+                self.shadow.memory.host.write(gpa, plain.size, value);
+                Some(0)
+            }
+            _ => Some(0),
+        }
+    }
+}
+
 impl Ctx<'_> {
     fn run_insn(&mut self, insn: &Insn) -> Outcome {
         let mut at = *insn;
@@ -34,13 +80,11 @@ impl Ctx<'_> {
             if !self.enter() {
                 return Outcome::of(Status::Shutdown);
             }
-            match self.run_on_cpu(&at) {
+            match self.run_on_cpu(&mut at) {
                 Ok(value) => return Outcome::done(value),
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
-                Err(Trap::Fault(who, gva, code)) => {
-                    if who.action == insn.action {
-                        at = who;
-                    }
+                Err(Trap::Fault { gva, code, operand }) => {
+                    let who = if operand { at } else { fetch_of(&at, gva) };
                     if let After::Finished(outcome) = self.handle_page_fault(&who, gva, code) {
                         return self.finish(&who, outcome);
                     }
@@ -79,21 +123,23 @@ impl Ctx<'_> {
         if outcome.status == Status::Done { Ok(()) } else { Err(outcome) }
     }
 
+    /// Runs an instruction; `insn` moves on past the elements that were carried out.
     #[inline]
-    fn run_on_cpu(&mut self, insn: &Insn) -> Result<u64, Trap> {
+    fn run_on_cpu(&mut self, insn: &mut Insn) -> Result<u64, Trap> {
         if let Some(rip) = insn.rip
             && !insn.delivery
             && insn.action != Action::Fetch
         {
-            let fetch = Insn { action: Action::Fetch, gva: Gva(rip), size: 1, system: false, ..*insn };
-            self.access_page(&fetch, Gva(rip), AccessKind::Fetch)?;
+            let view = CpuView { user: insn.user, ..self.cpu_view(insn) };
+            self.access_page(Gva(rip), AccessKind::Fetch, &view, false)?;
             if let Some(next) = insn.second_page(Gva(rip)) {
-                self.access_page(&Insn { gva: next, ..fetch }, next, AccessKind::Fetch)?;
+                self.access_page(next, AccessKind::Fetch, &view, false)?;
             }
         }
         let mut value = 0;
-        for element in 0..insn.repeat {
-            value = self.run_element(&insn.element(element))?;
+        while insn.repeat > 0 {
+            value = self.run_element(insn)?;
+            *insn = insn.element(1);
         }
         Ok(value)
     }
@@ -102,23 +148,23 @@ impl Ctx<'_> {
     fn run_element(&mut self, insn: &Insn) -> Result<u64, Trap> {
         let pieces = insn.pieces();
         let mut frames = [None; 2];
+        let view = self.cpu_view(insn);
         for kind in insn.kinds(self.shadow.config.cpu.rmw_reads_first) {
-            frames[0] = self.access_page(insn, insn.gva, *kind)?;
+            frames[0] = self.access_page(insn.gva, *kind, &view, true)?;
             if pieces[1].1 != 0 {
-                frames[1] = self.access_page(insn, pieces[1].0, *kind)?;
+                frames[1] = self.access_page(pieces[1].0, *kind, &view, true)?;
             }
         }
         Ok(self.touch_memory(insn, frames))
     }
 
     #[inline]
-    fn access_page(&mut self, who: &Insn, gva: Gva, kind: AccessKind) -> Result<Option<Gfn>, Trap> {
+    fn access_page(&mut self, gva: Gva, kind: AccessKind, view: &CpuView, operand: bool) -> Result<Option<Gfn>, Trap> {
         if !gva.is_canonical() {
             return Err(Trap::GeneralProtection);
         }
         let Some(root) = self.vcpu.root.page else { return Err(Trap::GeneralProtection) };
-        let view = self.cpu_view(who);
-        access(self.shadow, root, gva, kind, &view).map_err(|code| Trap::Fault(*who, gva, code))
+        access(self.shadow, root, gva, kind, view).map_err(|code| Trap::Fault { gva, code, operand })
     }
 
     /// The load, store, or both: every page is there and allows it. `None` is the zero page.

@@ -14,7 +14,7 @@ impl Ctx<'_> {
             return RetPf::Emulate;
         }
         let Some(root) = self.vcpu.root.page else { return RetPf::Retry };
-        let spte = self.shadow.spte(self.shadow.walk_down(root, gva));
+        let spte = self.shadow.spte(self.shadow.walk_down(root, gva).0);
         if !spte.is_mmio() {
             return RetPf::Retry;
         }

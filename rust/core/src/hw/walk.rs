@@ -28,7 +28,7 @@ pub struct CpuView {
 /// The error code of the fault that the CPU raises.
 #[inline]
 pub fn access(shadow: &mut Shadow, root: PageId, gva: Gva, kind: AccessKind, cpu: &CpuView) -> Result<Option<Gfn>, ErrorCode> {
-    let pos = shadow.walk_down(root, gva);
+    let (pos, level) = shadow.walk_down(root, gva);
     let spte = shadow.spte(pos);
     if !spte.present() {
         let code = kind.code().with(ErrorCode::U.when(cpu.user));
@@ -44,7 +44,6 @@ pub fn access(shadow: &mut Shadow, root: PageId, gva: Gva, kind: AccessKind, cpu
     if spte.0 & marks != marks {
         shadow.arena.update_spte(pos, Spte(spte.0 | marks));
     }
-    let level = shadow.arena()[pos.page()].level();
     Ok(Host::gfn(spte.pfn()).map(|gfn| Gfn(gfn.0 + (gva.0 >> 12 & (level.pages() - 1)))))
 }
 

@@ -87,17 +87,18 @@ impl Shadow {
 
     /// The position of the deepest entry that the CPU's walk reaches: the first that is not a table pointer
     /// (`shadow_walk_*`, 6.1).
+    #[inline]
     #[must_use]
-    pub fn walk_down(&self, root: PageId, gva: Gva) -> SptePos {
-        let mut id = root;
+    pub fn walk_down(&self, root: PageId, gva: Gva) -> (SptePos, Level) {
+        // Each step goes down one level, so only entries are read on the way, never the pages' own records.
+        let (mut id, mut level) = (root, self.arena[root].level());
         loop {
-            let level = self.arena[id].level();
             let pos = id.entry(gva.index(level));
             let spte = self.spte(pos);
             if !spte.is_table(level.0) {
-                return pos;
+                return (pos, level);
             }
-            id = spte.child();
+            (id, level) = (spte.child(), level.down());
         }
     }
 
