@@ -1,14 +1,15 @@
 //! One virtual CPU: registers, what they mean for paging, roots, requests and the small caches that KVM keeps with it.
 
 use crate::bits::{
-    CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_SMAP, CR4_SMEP, EFER_LMA,
-    EFER_LME, EFER_NX, PT_NX,
+    CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME,
+    EFER_NX, PT_NX,
 };
 use crate::config::{CpuFeatures, PREV_ROOTS};
 use crate::counters::VcpuCounters;
 use crate::error::{ConfigError, refuse};
+use crate::mode::{LEVEL4, Mode};
 use crate::role::Role;
-use crate::types::{Access, Gfn, Gva, Level, PageId};
+use crate::types::{Access, Gfn, Gva, PageId};
 
 /// The control registers that decide paging.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,16 +48,10 @@ impl Registers {
         if lma != (lme && pg) {
             return refuse!("efer {:#x}: LMA must be set exactly if LME and CR0.PG are", self.efer);
         }
-        if !lma {
-            let mode = if !pg { "paging off" } else if pae { "PAE paging" } else { "32-bit paging" };
-            return refuse!("{mode} is not supported yet: set cr0.PG, cr4.PAE, efer.LME and efer.LMA for 4-level paging");
-        }
-        if !pae {
+        if lma && !pae {
             return refuse!("cr4 {:#x}: long mode needs PAE", self.cr4);
         }
-        if self.cr4 & CR4_LA57 != 0 {
-            return refuse!("cr4 {:#x}: 5-level paging (LA57) is not supported yet", self.cr4);
-        }
+        Mode::of(self.cr0, self.cr4, self.efer)?;
         if self.cr4 & CR4_PKE != 0 {
             return refuse!("cr4 {:#x}: protection keys (PKE) are not supported yet", self.cr4);
         }
@@ -73,8 +68,8 @@ impl Registers {
 /// What the guest walker obeys (`kvm_calc_cpu_role`, 6.1), computed when a context is reset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CpuRole {
-    /// Levels of the guest's tables.
-    pub level: Level,
+    /// How the guest's tables are built.
+    pub mode: &'static Mode,
     /// EFER.NX: bit 63 of an entry forbids execution, else it is reserved.
     pub nx: bool,
     /// CR0.WP: supervisor writes obey W.
@@ -96,7 +91,7 @@ impl CpuRole {
         let nx = regs.efer & EFER_NX != 0;
         let beyond = ((1u64 << 52) - 1) & !((1 << cpu.maxphyaddr) - 1);
         Self {
-            level: Level(4),
+            mode: &LEVEL4,
             nx,
             wp: regs.cr0 & CR0_WP != 0,
             smep: regs.cr4 & CR4_SMEP != 0,
@@ -109,7 +104,7 @@ impl CpuRole {
     /// The role that shadow pages are made with (`kvm_init_shadow_mmu`, 6.1).
     #[must_use]
     pub const fn root_role(&self) -> Role {
-        Role::root(self.level, self.wp, self.smep, self.smap)
+        Role::root(self.mode.root, self.wp, self.smep, self.smap)
     }
 }
 
@@ -241,6 +236,7 @@ impl Vcpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bits::CR4_LA57;
     use crate::config::{QEMU_TCG, ZEN};
 
     #[test]

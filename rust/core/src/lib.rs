@@ -4,7 +4,7 @@
 //! No I/O, no clock, no randomness, no Python. The arrows (left may never import right; checked by `tests/arrows.rs`):
 //!
 //! ```text
-//! types bits | role | error outcome config counters events ops | policy memory | cpu | guest | shadow | hw | fault |
+//! types bits | role | error outcome config counters events ops | policy memory | mode | cpu | guest | shadow | hw | fault |
 //! engine | audit
 //! ```
 //!
@@ -23,6 +23,7 @@ pub mod fault;
 pub mod guest;
 pub mod hw;
 pub mod memory;
+pub mod mode;
 pub mod ops;
 pub mod outcome;
 pub mod policy;

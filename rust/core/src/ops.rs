@@ -103,7 +103,10 @@ impl Row {
     pub fn decode(bytes: &[u8; ROW_BYTES], index: u64) -> Result<Self, TraceError> {
         let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         let Some(op) = OpCode::from_code(bytes[0]) else {
-            return Err(TraceError { index, reason: format!("op code {} does not exist (0 to {})", bytes[0], OPS.len() - 1) });
+            return Err(TraceError {
+                index,
+                reason: format!("op code {} does not exist (0 to {})", bytes[0], OPS.len() - 1),
+            });
         };
         Ok(Self {
             op,
@@ -136,7 +139,15 @@ mod tests {
     fn codes_are_dense_and_rows_survive_a_round_trip() {
         for (i, (code, _, _)) in OPS.iter().enumerate() {
             assert_eq!(usize::from(*code), i);
-            let row = Row { op: OpCode::from_code(*code).unwrap(), size: 8, flags: 5, vcpu: 2, site: 7, addr: 1 << 47, value: !0 };
+            let row = Row {
+                op: OpCode::from_code(*code).unwrap(),
+                size: 8,
+                flags: 5,
+                vcpu: 2,
+                site: 7,
+                addr: 1 << 47,
+                value: !0,
+            };
             assert_eq!(Row::decode(&row.encode(), 0), Ok(row));
         }
         let err = Row::decode(&[200; ROW_BYTES], 41).unwrap_err();

@@ -13,6 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["role"], // not inside shadow: events show roles
     &["error", "outcome", "config", "counters", "events", "ops"],
     &["policy", "memory"],
+    &["mode"], // the control registers select it
     &["cpu"],
     &["guest"],
     &["shadow"],

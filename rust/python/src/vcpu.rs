@@ -84,7 +84,9 @@ struct How {
 fn access(action: Action, gva: u64, size: u8, how: How) -> PyResult<Insn> {
     let wide = size == 16 && matches!(action, Action::Store | Action::Load | Action::Rmw(RmwKind::Cmpxchg));
     if !(1..=8).contains(&size) && !wide {
-        return Err(errors::refused(format!("size {size} must be 1 to 8 bytes (16 for an SSE load or store and CMPXCHG16B)")));
+        return Err(errors::refused(format!(
+            "size {size} must be 1 to 8 bytes (16 for an SSE load or store and CMPXCHG16B)"
+        )));
     }
     let How { user, rip, length, ac, implicit, delivery } = how;
     if !(1..=15).contains(&length) {
@@ -113,13 +115,19 @@ fn rmw_kind(kind: &str) -> PyResult<(RmwKind, bool)> {
         "xchg" => (RmwKind::Xchg, true),
         "cmpxchg" => (RmwKind::Cmpxchg, true),
         _ => {
-            return Err(errors::refused(format!("rmw kind {kind:?} is not known; choose or, and, xor, add, xchg or cmpxchg")));
+            return Err(errors::refused(format!(
+                "rmw kind {kind:?} is not known; choose or, and, xor, add, xchg or cmpxchg"
+            )));
         }
     })
 }
 
 #[pymethods]
-#[allow(clippy::too_many_arguments, reason = "they are the keyword arguments of the Python methods")]
+#[allow(
+    clippy::too_many_arguments,
+    clippy::fn_params_excessive_bools,
+    reason = "the keyword arguments of Python's methods"
+)]
 impl Vcpu {
     /// The vCPU's number.
     #[getter]
@@ -205,7 +213,9 @@ impl Vcpu {
         let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
         let insn = access(Action::Store, gva, size, how)?;
         if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
-            return Err(errors::refused(format!("rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8")));
+            return Err(errors::refused(format!(
+                "rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8"
+            )));
         }
         self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count, ..insn })
     }

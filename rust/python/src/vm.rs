@@ -46,7 +46,14 @@ const MAX_READ: usize = 1 << 32;
 impl Vm {
     #[new]
     #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false))]
-    fn new(memory: u64, vcpus: usize, policy: &str, profile: &str, event_mask: u32, nx_huge_pages: bool) -> PyResult<Self> {
+    fn new(
+        memory: u64,
+        vcpus: usize,
+        policy: &str,
+        profile: &str,
+        event_mask: u32,
+        nx_huge_pages: bool,
+    ) -> PyResult<Self> {
         let cpu = CpuFeatures::named(profile).map_err(errors::config)?;
         let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let policy = builtin(policy)
@@ -58,7 +65,7 @@ impl Vm {
 
     /// The vCPUs.
     #[getter]
-    fn vcpus(slf: Bound<'_, Self>) -> PyResult<Bound<'_, PyTuple>> {
+    fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let py = slf.py();
         let count = slf.try_borrow()?.engine.vcpus().len();
         let vcpus: PyResult<Vec<_>> =

@@ -100,7 +100,7 @@ impl Audit<'_> {
                 self.expect(page.gfn.0 == gfn, |a| format!("{who} with pgd {:#x} is {}", root.pgd, a.name(id)));
                 let fits = page.role.invalid() || page.role == vcpu.role.root_role();
                 self.expect(fits, |a| format!("{who} has the role of another paging mode: {}", a.name(id)));
-                let top = page.level() == vcpu.role.level && !page.role.direct();
+                let top = page.level() == vcpu.role.mode.root && !page.role.direct();
                 self.expect(top, |a| format!("{who} is no top-level table: {}", a.name(id)));
             }
         }

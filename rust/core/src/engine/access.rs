@@ -57,7 +57,7 @@ impl Vm {
         }
         let role = &cpu.role;
         let view = CpuView { user: plain.user, smep: role.smep, smap: role.smap && !plain.ac, rsvd_sets_p: true };
-        let frame = access(&mut self.shadow, root, plain.gva, plain.kind, &view).ok()?;
+        let frame = access(&mut self.shadow, root, plain.gva, plain.kind, view).ok()?;
         cpu.counters.x_ops += 1;
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | offset);
@@ -131,9 +131,9 @@ impl Ctx<'_> {
             && insn.action != Action::Fetch
         {
             let view = CpuView { user: insn.user, ..self.cpu_view(insn) };
-            self.access_page(Gva(rip), AccessKind::Fetch, &view, false)?;
+            self.access_page(Gva(rip), AccessKind::Fetch, view, false)?;
             if let Some(next) = insn.second_page(Gva(rip)) {
-                self.access_page(next, AccessKind::Fetch, &view, false)?;
+                self.access_page(next, AccessKind::Fetch, view, false)?;
             }
         }
         let mut value = 0;
@@ -150,16 +150,16 @@ impl Ctx<'_> {
         let mut frames = [None; 2];
         let view = self.cpu_view(insn);
         for kind in insn.kinds(self.shadow.config.cpu.rmw_reads_first) {
-            frames[0] = self.access_page(insn.gva, *kind, &view, true)?;
+            frames[0] = self.access_page(insn.gva, *kind, view, true)?;
             if pieces[1].1 != 0 {
-                frames[1] = self.access_page(pieces[1].0, *kind, &view, true)?;
+                frames[1] = self.access_page(pieces[1].0, *kind, view, true)?;
             }
         }
         Ok(self.touch_memory(insn, frames))
     }
 
     #[inline]
-    fn access_page(&mut self, gva: Gva, kind: AccessKind, view: &CpuView, operand: bool) -> Result<Option<Gfn>, Trap> {
+    fn access_page(&mut self, gva: Gva, kind: AccessKind, view: CpuView, operand: bool) -> Result<Option<Gfn>, Trap> {
         if !gva.is_canonical() {
             return Err(Trap::GeneralProtection);
         }

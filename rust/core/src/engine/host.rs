@@ -15,7 +15,14 @@ impl Vm {
     ///
     /// # Errors
     /// See [`crate::memory::Memory::add_slot`]; nothing was changed.
-    pub fn add_slot(&mut self, slot: u16, gpa: Gpa, size: u64, readonly: bool, dirty_log: bool) -> Result<(), ConfigError> {
+    pub fn add_slot(
+        &mut self,
+        slot: u16,
+        gpa: Gpa,
+        size: u64,
+        readonly: bool,
+        dirty_log: bool,
+    ) -> Result<(), ConfigError> {
         let maxphyaddr = self.shadow.config.cpu.maxphyaddr;
         self.shadow.memory.add_slot(slot, gpa, size, readonly, maxphyaddr)?;
         self.shadow.memory.slot_by_id(slot)?.set_dirty_log(dirty_log);
@@ -141,8 +148,10 @@ impl Vm {
     pub fn set_host_pages(&mut self, gpa: Gpa, size: u64, state: HostState) -> Result<(), ConfigError> {
         self.check_range("host pages", gpa, size)?;
         let bytes = state.level().pages() * PAGE_SIZE;
-        if gpa.0 % bytes != 0 || size % bytes != 0 {
-            return refuse!("host pages: gpa {gpa:#x} and size {size:#x} must be multiples of {bytes:#x} for huge pages");
+        if !gpa.0.is_multiple_of(bytes) || !size.is_multiple_of(bytes) {
+            return refuse!(
+                "host pages: gpa {gpa:#x} and size {size:#x} must be multiples of {bytes:#x} for huge pages"
+            );
         }
         let first = gpa.gfn();
         let flush = self.shadow.unmap_range(first, size / PAGE_SIZE);
@@ -154,7 +163,7 @@ impl Vm {
     }
 
     fn check_range(&self, what: &str, gpa: Gpa, size: u64) -> Result<(), ConfigError> {
-        if size == 0 || size % PAGE_SIZE != 0 || gpa.offset() != 0 {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || gpa.offset() != 0 {
             return refuse!("{what}: gpa {gpa:#x} and size {size:#x} must be multiples of 4096, and the size not 0");
         }
         self.check_memory(gpa, size).map_err(|e| ConfigError(format!("{what}: {e}")))

@@ -34,8 +34,14 @@ impl Vm {
     ///
     /// # Errors
     /// A size that is 0, not page-aligned or too large; no vCPU, or too many.
-    pub fn new(memory: u64, vcpus: usize, config: Config, policy: Box<dyn Policy>, events: u32) -> Result<Self, ConfigError> {
-        if memory == 0 || memory % PAGE_SIZE != 0 || memory > MAX_MEMORY {
+    pub fn new(
+        memory: u64,
+        vcpus: usize,
+        config: Config,
+        policy: Box<dyn Policy>,
+        events: u32,
+    ) -> Result<Self, ConfigError> {
+        if memory == 0 || !memory.is_multiple_of(PAGE_SIZE) || memory > MAX_MEMORY {
             return refuse!("memory {memory:#x} must be a multiple of 4096 between 4096 and {MAX_MEMORY:#x} bytes");
         }
         if vcpus == 0 || vcpus > MAX_VCPUS {

@@ -95,7 +95,7 @@ impl Vm {
                     let count = options.pages.0.len() as u64 / PAGE_SIZE;
                     return Err(format!("page {} is not among the {count} pages of the recording", row.value));
                 };
-                if row.addr % PAGE_SIZE != 0 {
+                if !row.addr.is_multiple_of(PAGE_SIZE) {
                     return Err(format!("PAGE: gpa {:#x} is not page-aligned", row.addr));
                 }
                 self.write_table_page(Gpa(row.addr), data).map_err(|e| e.to_string())?;

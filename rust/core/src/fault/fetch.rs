@@ -27,11 +27,11 @@ impl Ctx<'_> {
     /// leaf. `Retry` if a guest entry changed in the meantime.
     pub(crate) fn fetch(&mut self, fault: &mut Fault, walk: &GuestWalk, root: PageId) -> RetPf {
         let mut group = [Gpte(0); PREFETCH];
-        if self.gpte_changed(fault, walk, self.vcpu.role.level, &mut group) {
+        if self.gpte_changed(fault, walk, self.vcpu.role.mode.root, &mut group) {
             return RetPf::Retry;
         }
         let mut id = root;
-        for level in (walk.level.0 + 1..=self.vcpu.role.level.0).rev() {
+        for level in (walk.level.0 + 1..=self.vcpu.role.mode.root.0).rev() {
             match self.descend_indirect(id, Level(level), fault, walk, &mut group) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
@@ -51,7 +51,7 @@ impl Ctx<'_> {
             if level == goal.level {
                 break (pos, base);
             }
-            id = self.descend_direct(pos, base, walk.pte_access, &goal);
+            id = self.descend_direct(pos, base, walk.pte_access, goal);
             level = level.down();
         };
         let leaf = Leaf {
@@ -150,7 +150,7 @@ impl Ctx<'_> {
     }
 
     /// One step down below a large guest page: a direct page with the rights of the walk.
-    fn descend_direct(&mut self, pos: SptePos, base: Gfn, access: Access, goal: &Goal) -> PageId {
+    fn descend_direct(&mut self, pos: SptePos, base: Gfn, access: Access, goal: Goal) -> PageId {
         let level = self.shadow.arena[pos.page()].level();
         let role = self.shadow.arena[pos.page()].role.child(true, access);
         let spte = self.shadow.spte(pos);
@@ -222,7 +222,8 @@ impl Ctx<'_> {
 
     fn prefetch_run(&mut self, id: PageId, from: usize, to: usize) -> bool {
         let access = self.shadow.arena[id].role.access();
-        let (first, last) = (self.shadow.arena.mapped_gfn(id.entry(from)), self.shadow.arena.mapped_gfn(id.entry(to - 1)));
+        let (first, last) =
+            (self.shadow.arena.mapped_gfn(id.entry(from)), self.shadow.arena.mapped_gfn(id.entry(to - 1)));
         // gfn_to_page_many_atomic (6.1) gives nothing at all for a run that leaves its slot.
         if !self.shadow.memory.slot(first).is_some_and(|slot| slot.holds(last)) {
             return false;
@@ -233,7 +234,8 @@ impl Ctx<'_> {
             if !self.shadow.prefetchable(gfn, access, true) {
                 return index > from;
             }
-            let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
+            let leaf =
+                Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
             let (_, flush) = self.shadow.set_leaf(pos, &leaf);
             self.pay(flush);
         }

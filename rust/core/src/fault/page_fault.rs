@@ -68,7 +68,9 @@ impl Ctx<'_> {
             let allow_retry = !self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
             return self.emulate(insn, gva, Emulation { allow_retry, write_to_table });
         }
-        if insn.delivery && let Some((vector, code)) = self.vcpu.injected {
+        if insn.delivery
+            && let Some((vector, code)) = self.vcpu.injected
+        {
             self.shadow.events.inj_exception(vector, code, true);
         }
         After::Resume
@@ -146,7 +148,7 @@ impl Ctx<'_> {
             return false;
         }
         let mut self_changing = false;
-        for level in walk.level.0..=self.vcpu.role.level.0 {
+        for level in walk.level.0..=self.vcpu.role.mode.root.0 {
             let table = walk.tables[usize::from(level) - 1];
             self_changing |= walk.gfn.round(walk.level) == table.round(walk.level);
             *write_to_table |= walk.gfn == table;

@@ -1,7 +1,7 @@
 //! What an emulated write to guest memory does to the shadow (`kvm_mmu_pte_write`, 6.1).
 
-use crate::shadow::{Flush, Shadow};
 use crate::shadow::zap::ZapList;
+use crate::shadow::{Flush, Shadow};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, PageId};
 
 /// Bytes of a guest entry.
@@ -66,7 +66,7 @@ impl Shadow {
 const fn is_misaligned(gpa: Gpa, bytes: u8) -> bool {
     let offset = gpa.offset();
     // An aligned single byte is how some guests clear an entry's bit.
-    if offset % ENTRY == 0 && bytes == 1 {
+    if offset.is_multiple_of(ENTRY) && bytes == 1 {
         return false;
     }
     (offset ^ (offset + bytes as u64 - 1)) & !(ENTRY - 1) != 0 || bytes < 4

@@ -22,7 +22,7 @@ pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, a
         if fetch && role.smep {
             return true;
         }
-        if !fetch && role.smap && !(ac && !access.has(ErrorCode::IMPLICIT)) {
+        if !fetch && role.smap && (!ac || access.has(ErrorCode::IMPLICIT)) {
             return true;
         }
     }

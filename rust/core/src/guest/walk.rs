@@ -6,6 +6,7 @@ use crate::events::EventLog;
 use crate::guest::gpte::Gpte;
 use crate::guest::permission::permission_fault;
 use crate::memory::{HostState, Memory};
+use crate::mode::Mode;
 use crate::types::{Access, ErrorCode, Gfn, Gpa, Gva, Level};
 
 /// Who walks: the vCPU's state that the walk obeys.
@@ -70,7 +71,7 @@ pub fn walk_addr(
                 return Err(GuestFault { address: gva, code });
             }
         };
-        if update_accessed_dirty(memory, events, walker.role.level, gva, access, &mut walk) {
+        if update_accessed_dirty(memory, events, walker.role.mode, gva, access, &mut walk) {
             return Ok(walk);
         }
     }
@@ -85,7 +86,7 @@ fn descend(
     access: ErrorCode,
 ) -> Result<GuestWalk, ErrorCode> {
     let mut walk = GuestWalk {
-        level: walker.role.level,
+        level: walker.role.mode.root,
         gfn: Gfn(0),
         ptes: [Gpte(0); 5],
         tables: [Gfn(0); 5],
@@ -94,7 +95,7 @@ fn descend(
     };
     let mut table = Gpte(walker.cr3).gfn(Level::PT);
     let mut granted = Access::ALL;
-    let mut level = walker.role.level;
+    let mut level = walker.role.mode.root;
     let leaf = loop {
         let at = usize::from(level.0) - 1;
         walk.pt_access[at] = granted;
@@ -105,7 +106,7 @@ fn descend(
             // Reading an absent page brings in the shared zero page.
             memory.host.set_state(table, HostState::Zero);
         }
-        let pte = Gpte(memory.host.entry(table, gva.index(level)));
+        let pte = Gpte(memory.host.entry(table, walker.role.mode.index(gva, level)));
         events.paging_element(pte.0, level.0);
         (walk.tables[at], walk.ptes[at]) = (table, pte);
         if !pte.present() {
@@ -136,15 +137,15 @@ fn descend(
 fn update_accessed_dirty(
     memory: &mut Memory,
     events: &mut EventLog,
-    top: Level,
+    mode: &Mode,
     gva: Gva,
     access: ErrorCode,
     walk: &mut GuestWalk,
 ) -> bool {
     let write = access.has(ErrorCode::W);
-    for level in (walk.level.0..=top.0).rev() {
+    for level in (walk.level.0..=mode.root.0).rev() {
         let at = usize::from(level) - 1;
-        let (table, index) = (walk.tables[at], gva.index(Level(level)));
+        let (table, index) = (walk.tables[at], mode.index(gva, Level(level)));
         let (old, mut new) = (walk.ptes[at], walk.ptes[at].0);
         let gpa = Gpa(table.gpa().0 + 8 * index as u64);
         if !old.accessed() {
@@ -218,7 +219,13 @@ mod tests {
 
     #[test]
     fn codes_tell_not_present_reserved_and_forbidden() {
-        let mut memory = memory(&[(0x1000, 0x2067), (0x2000, 0x3067), (0x3000, 0x4067), (0x4000, 0x9065), (0x4010, 1 << 50 | 0x9067)]);
+        let mut memory = memory(&[
+            (0x1000, 0x2067),
+            (0x2000, 0x3067),
+            (0x3000, 0x4067),
+            (0x4000, 0x9065),
+            (0x4010, 1 << 50 | 0x9067),
+        ]);
         let code = |m: &mut Memory, gva, access| walk(m, gva, access).0.unwrap_err().code.0;
         assert_eq!(code(&mut memory, 0, ErrorCode::W), 3);
         assert_eq!(code(&mut memory, 0x1000, ErrorCode::U), 4);

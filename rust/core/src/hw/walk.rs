@@ -6,8 +6,8 @@
 use crate::bits::{PT_A, PT_D};
 use crate::memory::Host;
 use crate::shadow::Shadow;
-use crate::types::{AccessKind, ErrorCode, Gfn, Gva, PageId};
 use crate::shadow::spte::Spte;
+use crate::types::{AccessKind, ErrorCode, Gfn, Gva, PageId};
 
 /// The state of the CPU that its own walk obeys. CR0.WP and EFER.NX are always on while a shadow guest runs.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +27,13 @@ pub struct CpuView {
 /// # Errors
 /// The error code of the fault that the CPU raises.
 #[inline]
-pub fn access(shadow: &mut Shadow, root: PageId, gva: Gva, kind: AccessKind, cpu: &CpuView) -> Result<Option<Gfn>, ErrorCode> {
+pub fn access(
+    shadow: &mut Shadow,
+    root: PageId,
+    gva: Gva,
+    kind: AccessKind,
+    cpu: CpuView,
+) -> Result<Option<Gfn>, ErrorCode> {
     let (pos, level) = shadow.walk_down(root, gva);
     let spte = shadow.spte(pos);
     if !spte.present() {
@@ -48,7 +54,7 @@ pub fn access(shadow: &mut Shadow, root: PageId, gva: Gva, kind: AccessKind, cpu
 }
 
 #[inline]
-fn forbidden(spte: Spte, kind: AccessKind, cpu: &CpuView) -> bool {
+fn forbidden(spte: Spte, kind: AccessKind, cpu: CpuView) -> bool {
     use crate::bits::{PT_NX, PT_U, PT_W};
     let user_page = spte.0 & PT_U != 0;
     let by_kind = match kind {
@@ -56,10 +62,7 @@ fn forbidden(spte: Spte, kind: AccessKind, cpu: &CpuView) -> bool {
         AccessKind::Write => spte.0 & PT_W == 0,
         AccessKind::Fetch => spte.0 & PT_NX != 0,
     };
-    let by_mode = if cpu.user {
-        !user_page
-    } else {
-        user_page && if kind == AccessKind::Fetch { cpu.smep } else { cpu.smap }
-    };
+    let by_mode =
+        if cpu.user { !user_page } else { user_page && if kind == AccessKind::Fetch { cpu.smep } else { cpu.smap } };
     by_kind || by_mode
 }

@@ -40,6 +40,8 @@ impl HostState {
 const PFN_BASE: u64 = 1 << 18;
 
 type Page = [u64; ENTRIES];
+/// 512 regions: 1 GiB of guest frames.
+type Table = Box<[Option<Box<Region>>; ENTRIES]>;
 
 /// 512 frames: contents and states.
 #[derive(Clone, Debug)]
@@ -51,7 +53,7 @@ struct Region {
 /// All of the host's pages, by guest frame: a directory of 1 GiB, tables of 2 MiB regions.
 #[derive(Clone, Debug, Default)]
 pub struct Host {
-    directory: Vec<Option<Box<[Option<Box<Region>>; ENTRIES]>>>,
+    directory: Vec<Option<Table>>,
     /// Frames below this one begin writable, all others absent.
     populated: u64,
 }
@@ -199,7 +201,7 @@ impl Host {
         let mut at = gpa.0;
         let mut rest = data;
         while !rest.is_empty() {
-            let step = if at % 8 == 0 && rest.len() >= 8 { 8 } else { 1 };
+            let step = if at.is_multiple_of(8) && rest.len() >= 8 { 8 } else { 1 };
             let value = rest[..step].iter().rev().fold(0, |v, b| v << 8 | u64::from(*b));
             self.write(Gpa(at), step as u8, value);
             at += step as u64;
@@ -213,7 +215,7 @@ impl Host {
         let mut out = Vec::with_capacity(size);
         let mut at = gpa.0;
         while out.len() < size {
-            let step = if at % 8 == 0 && size - out.len() >= 8 { 8 } else { 1 };
+            let step = if at.is_multiple_of(8) && size - out.len() >= 8 { 8 } else { 1 };
             let value = self.read(Gpa(at), step as u8);
             out.extend_from_slice(&value.to_le_bytes()[..step]);
             at += step as u64;

@@ -78,22 +78,35 @@ impl Memory {
     ///
     /// # Errors
     /// A number in use, a range that is empty, not page-aligned, too large, wraps, or overlaps another slot.
-    pub fn add_slot(&mut self, id: u16, gpa: Gpa, size: u64, readonly: bool, maxphyaddr: u32) -> Result<(), ConfigError> {
+    pub fn add_slot(
+        &mut self,
+        id: u16,
+        gpa: Gpa,
+        size: u64,
+        readonly: bool,
+        maxphyaddr: u32,
+    ) -> Result<(), ConfigError> {
         if usize::from(id) >= MAX_SLOTS {
             return refuse!("memslot {id} is out of range: a VM has slots 0 to {}", MAX_SLOTS - 1);
         }
         if self.slots.iter().any(|slot| slot.id == id) {
             return refuse!("memslot {id} exists already; delete it first");
         }
-        if size == 0 || size % PAGE_SIZE != 0 || gpa.offset() != 0 {
-            return refuse!("memslot {id}: gpa {gpa:#x} and size {size:#x} must be multiples of 4096, and the size not 0");
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || gpa.offset() != 0 {
+            return refuse!(
+                "memslot {id}: gpa {gpa:#x} and size {size:#x} must be multiples of 4096, and the size not 0"
+            );
         }
         if size > MAX_MEMORY {
             return refuse!("memslot {id}: size {size:#x} is above the limit of {MAX_MEMORY:#x} bytes");
         }
         match gpa.0.checked_add(size) {
             Some(end) if end <= 1 << maxphyaddr => {}
-            _ => return refuse!("memslot {id}: {gpa:#x} + {size:#x} is beyond the guest's {maxphyaddr} physical address bits"),
+            _ => {
+                return refuse!(
+                    "memslot {id}: {gpa:#x} + {size:#x} is beyond the guest's {maxphyaddr} physical address bits"
+                );
+            }
         }
         let slot = Slot::new(id, gpa.gfn(), size / PAGE_SIZE, readonly);
         if let Some(other) = self.slots.iter().find(|other| other.overlaps(&slot)) {
@@ -130,9 +143,14 @@ mod tests {
         let mut memory = Memory::new(16);
         memory.add_slot(0, Gpa(0), 0x10000, false, 48).unwrap();
         let before = memory.generation;
-        for (id, gpa, size) in
-            [(0, 0x20000, 0x1000), (1, 0xf000, 0x2000), (1, 0x20000, 0), (1, 0x20800, 0x1000), (1, (1 << 48) - 0x1000, 0x2000), (600, 0x20000, 0x1000)]
-        {
+        for (id, gpa, size) in [
+            (0, 0x20000, 0x1000),
+            (1, 0xf000, 0x2000),
+            (1, 0x20000, 0),
+            (1, 0x20800, 0x1000),
+            (1, (1 << 48) - 0x1000, 0x2000),
+            (600, 0x20000, 0x1000),
+        ] {
             assert!(memory.add_slot(id, Gpa(gpa), size, false, 48).is_err(), "{id} {gpa:x} {size:x}");
         }
         assert_eq!((memory.slots().len(), memory.generation), (1, before));

@@ -204,7 +204,11 @@ impl Slot {
             pages.chain(std::iter::once((Gfn(gfn), Level::PD, region.rmap_2m)))
         });
         let giant_first = self.base.0 >> 18;
-        let giant = self.giant.iter().enumerate().map(move |(i, (head, _))| (Gfn((giant_first + i as u64) << 18), Level::PDPT, *head));
+        let giant = self
+            .giant
+            .iter()
+            .enumerate()
+            .map(move |(i, (head, _))| (Gfn((giant_first + i as u64) << 18), Level::PDPT, *head));
         small.chain(giant).filter(|(_, _, head)| head.0 != 0)
     }
 }

@@ -29,7 +29,14 @@ pub(crate) struct Leaf {
 
 impl Shadow {
     /// The entry for a leaf, and whether write protection took W from it (`make_spte`, 6.1).
-    pub(crate) fn make_spte(&mut self, pos: SptePos, leaf: &Leaf, pfn: Pfn, old: Spte, can_unsync: bool) -> (Spte, bool) {
+    pub(crate) fn make_spte(
+        &mut self,
+        pos: SptePos,
+        leaf: &Leaf,
+        pfn: Pfn,
+        old: Spte,
+        can_unsync: bool,
+    ) -> (Spte, bool) {
         let level = self.arena[pos.page()].level();
         let mut bits = SHADOW_PRESENT | PT_P | pfn.0 << 12;
         if !leaf.prefetch {
@@ -121,7 +128,13 @@ impl Shadow {
 
     /// Fills an entry that is not present from a guest entry, if that needs no fault (`FNAME(prefetch_gpte)`, 6.1).
     /// Returns whether the neighbours may go on.
-    pub(crate) fn prefetch_gpte(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole, stop_at_dirty_log: bool) -> (bool, Flush) {
+    pub(crate) fn prefetch_gpte(
+        &mut self,
+        pos: SptePos,
+        gpte: Gpte,
+        role: &CpuRole,
+        stop_at_dirty_log: bool,
+    ) -> (bool, Flush) {
         if !gpte.present() || !gpte.accessed() || gpte.has_reserved(role, Level::PT) {
             // Not present as a leaf, but it may be a stale MMIO entry.
             if self.spte(pos) != Spte::EMPTY {

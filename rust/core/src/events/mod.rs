@@ -2,8 +2,9 @@
 //!
 //! An [`Event`] is a flat record, so that millions of them fit in one array. Which fields a kind uses is in its row.
 
+mod text;
+
 use crate::types::{Access, ErrorCode, Gpa, Gva};
-use std::fmt;
 
 macro_rules! events {
     ($($code:literal $name:ident $text:literal $doc:literal;)*) => {
@@ -48,7 +49,7 @@ events! {
     12 HandleMmioPageFault "handle_mmio_page_fault" "a fault on a valid MMIO entry: a = address, b = gfn, code = access";
     13 CheckMmioSpte "check_mmio_spte" "an MMIO entry's generation is compared: a = entry, b = KVM's generation, c = the entry's";
     14 FastPageFault "fast_page_fault" "a fault is tried without the lock: a = address, code = error code, b = old entry, c = new, flag = result";
-    15 SpteRequested "kvm_mmu_spte_requested" "an entry is about to be made: a = gfn, b = pfn (all ones: no slot), level";
+    15 SpteRequested "kvm_mmu_spte_requested" "an entry is about to be made: a = gfn, b = pfn (bit 63 alone: no slot), level";
     16 SetSpte "kvm_mmu_set_spte" "an entry was written: a = gfn, b = entry, c = address of the entry, level";
     17 ZapAllFast "kvm_mmu_zap_all_fast" "all shadow pages become obsolete: level = old generation, a = used pages";
     18 EmulateInsn "kvm_emulate_insn" "the emulator decodes an instruction: a = rip, flag = failed";
@@ -256,118 +257,6 @@ impl EventLog {
     }
 }
 
-impl fmt::Display for Event {
-    /// The kernel's line: tracepoint name, colon, text.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.kind.name())?;
-        let code = ErrorCode(u64::from(self.code));
-        match self.kind {
-            EventKind::Exit => {
-                let reason = EXIT_REASONS.get(self.code as usize).copied().unwrap_or("unknown");
-                write!(f, "vcpu {} reason {reason} rip 0x{:x} info1 0x{:016x}", self.vcpu, self.a, self.b)
-            }
-            EventKind::PageFault => write!(
-                f,
-                "vcpu {} rip 0x{:x} address 0x{:016x} error_code 0x{:x}",
-                self.vcpu, self.a, self.b, self.code
-            ),
-            EventKind::PagetableWalk => write!(f, "addr {:x} pferr {:x} {code}", self.a, self.code),
-            EventKind::PagingElement => write!(f, "pte {:x} level {}", self.a, self.level),
-            EventKind::SetAccessedBit | EventKind::SetDirtyBit => write!(f, "gpa {:x}", self.a),
-            EventKind::WalkerError => write!(f, "pferr {:x} {code}", self.code),
-            EventKind::GetPage => {
-                self.page_text(f)?;
-                f.write_str(if self.flag & 2 != 0 { " new" } else { " existing" })
-            }
-            EventKind::SyncPage | EventKind::UnsyncPage | EventKind::PrepareZapPage => self.page_text(f),
-            EventKind::MarkMmioSpte => {
-                write!(f, "sptep:{:016x} gfn {:x} access {:x} gen {:x}", self.a, self.b, self.code, self.c)
-            }
-            EventKind::HandleMmioPageFault => write!(f, "addr:{:x} gfn {:x} access {:x}", self.a, self.b, self.code),
-            EventKind::CheckMmioSpte => write!(
-                f,
-                "spte {:x} kvm_gen {:x} spte-gen {:x} valid {}",
-                self.a,
-                self.b,
-                self.c,
-                u8::from(self.b == self.c)
-            ),
-            EventKind::FastPageFault => write!(
-                f,
-                "vcpu {} gva {:x} error_code {code} old {:#x} new {:x} spurious {} fixed {}",
-                self.vcpu,
-                self.a,
-                self.b,
-                self.c,
-                self.flag & 1,
-                self.flag >> 1
-            ),
-            EventKind::SpteRequested => write!(f, "gfn {:x} pfn {:x} level {}", self.a, self.b, self.level),
-            EventKind::SetSpte => write!(
-                f,
-                "gfn {:x} spte {:x} (r{}{}{}) level {} at {:x}",
-                self.a,
-                self.b,
-                if self.b & 2 != 0 { "w" } else { "-" },
-                if self.b >> 63 == 0 { "x" } else { "-" },
-                if self.b & 4 != 0 { "u" } else { "-" },
-                self.level,
-                self.c
-            ),
-            EventKind::ZapAllFast => write!(f, "kvm-mmu-valid-gen {} used_pages {:x}", self.level, self.a),
-            EventKind::EmulateInsn => {
-                write!(f, "0:{:x}: (prot64){}", self.a, if self.flag != 0 { " failed" } else { "" })
-            }
-            EventKind::InjException => self.exception_text(f),
-            EventKind::MatchMmio => write!(
-                f,
-                "gva {:#x} gpa {:#x} {} {}",
-                self.a,
-                self.b,
-                if self.flag & 1 != 0 { "Write" } else { "Read" },
-                if self.flag & 2 != 0 { "GPA" } else { "GVA" }
-            ),
-            EventKind::Mmio => write!(
-                f,
-                "mmio {} len {} gpa {:#x} val {:#x}",
-                ["unsatisfied-read", "read", "write"][usize::from(self.flag) % 3],
-                self.level,
-                self.a,
-                self.b
-            ),
-            EventKind::UnmapHvaRange => {
-                write!(f, "mmu notifier unmap range: 0x{:014x} -- 0x{:014x}", self.a, self.b)
-            }
-            EventKind::SetSpteHva => write!(f, "mmu notifier set pte hva: 0x{:014x}", self.a),
-        }
-    }
-}
-
-impl Event {
-    fn page_text(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let role = crate::role::Role(self.code);
-        write!(
-            f,
-            "sp gen {} gfn {:x} {role} root {} {}",
-            self.level,
-            self.a,
-            self.b,
-            if self.flag & 1 != 0 { "unsync" } else { "sync" }
-        )
-    }
-
-    fn exception_text(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.level {
-            14 => write!(f, "#PF (0x{:x})", self.code)?,
-            13 => write!(f, "#GP (0x{:x})", self.code)?,
-            6 => f.write_str("#UD")?,
-            8 => f.write_str("#DF (0x0)")?,
-            other => write!(f, "vector {other}")?,
-        }
-        f.write_str(if self.flag != 0 { " [reinjected]" } else { "" })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,7 +268,7 @@ mod tests {
         log.set_spte(0x400, 0x8000_0000_31fa_0e63, 0xa47_3000, 1);
         log.page(
             EventKind::GetPage,
-            || PageText { generation: 0, gfn: 2, role: 0x1783, root_count: 0, unsync: false },
+            || PageText { generation: 0, gfn: 2, role: 0x3703, root_count: 0, unsync: false },
             true,
         );
         let lines: Vec<_> = log.records().iter().map(ToString::to_string).collect();
