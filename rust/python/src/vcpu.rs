@@ -75,13 +75,13 @@ impl Vcpu {
 struct How {
     user: bool,
     rip: Option<u64>,
-    length: u8,
+    length: u32,
     ac: bool,
     implicit: bool,
     delivery: bool,
 }
 
-fn access(action: Action, gva: u64, size: u8, how: How) -> PyResult<Insn> {
+fn access(action: Action, gva: u64, size: u32, how: How) -> PyResult<Insn> {
     let wide = size == 16 && matches!(action, Action::Store | Action::Load | Action::Rmw(RmwKind::Cmpxchg));
     if !(1..=8).contains(&size) && !wide {
         return Err(errors::refused(format!(
@@ -92,7 +92,7 @@ fn access(action: Action, gva: u64, size: u8, how: How) -> PyResult<Insn> {
     if !(1..=15).contains(&length) {
         return Err(errors::refused(format!("length {length} must be 1 to 15, the bytes of an instruction")));
     }
-    Ok(Insn { user, rip, length, ac, system: implicit, delivery, ..Insn::new(action, gva, size) })
+    Ok(Insn { user, rip, length: length as u8, ac, system: implicit, delivery, ..Insn::new(action, gva, size as u8) })
 }
 
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
@@ -140,10 +140,10 @@ impl Vcpu {
         &self,
         py: Python<'_>,
         gva: u64,
-        size: u8,
+        size: u32,
         user: bool,
         rip: Option<u64>,
-        length: u8,
+        length: u32,
         ac: bool,
         implicit: bool,
         delivery: bool,
@@ -157,11 +157,11 @@ impl Vcpu {
         py: Python<'_>,
         gva: u64,
         value: u64,
-        size: u8,
+        size: u32,
         user: bool,
         kind: &str,
         rip: Option<u64>,
-        length: u8,
+        length: u32,
         ac: bool,
         implicit: bool,
         delivery: bool,
@@ -177,12 +177,12 @@ impl Vcpu {
         gva: u64,
         operand: u64,
         kind: &str,
-        size: u8,
+        size: u32,
         user: bool,
         expected: Option<u64>,
         locked: bool,
         rip: Option<u64>,
-        length: u8,
+        length: u32,
         ac: bool,
     ) -> PyResult<Outcome> {
         let (kind, writes_tables) = rmw_kind(kind)?;
@@ -206,7 +206,7 @@ impl Vcpu {
         gva: u64,
         value: u64,
         count: u32,
-        size: u8,
+        size: u32,
         user: bool,
         rip: Option<u64>,
     ) -> PyResult<Outcome> {
