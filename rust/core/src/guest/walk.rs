@@ -102,11 +102,12 @@ fn descend(
         if memory.slot(table).is_none() {
             return Err(ErrorCode(0));
         }
-        if memory.host.state(table) == HostState::Absent {
+        let (state, entry) = memory.host.state_and_entry(table, walker.role.mode.index(gva, level));
+        if state == HostState::Absent {
             // Reading an absent page brings in the shared zero page.
             memory.host.set_state(table, HostState::Zero);
         }
-        let pte = Gpte(memory.host.entry(table, walker.role.mode.index(gva, level)));
+        let pte = Gpte(entry);
         events.paging_element(pte.0, level.0);
         (walk.tables[at], walk.ptes[at]) = (table, pte);
         if !pte.present() {

@@ -159,6 +159,23 @@ impl Host {
         self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| page[first + i]))
     }
 
+    /// The state of a table's page and its entry `index`, found in one look.
+    #[inline]
+    #[must_use]
+    pub fn state_and_entry(&self, gfn: Gfn, at: usize) -> (HostState, u64) {
+        match self.region(gfn) {
+            Some(region) => (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| page[at])),
+            None => (initial_state(gfn.0, self.populated), 0),
+        }
+    }
+
+    /// 64 entries of a table page, from entry `64 * word` on.
+    #[inline]
+    #[must_use]
+    pub fn entries(&self, gfn: Gfn, word: usize) -> [u64; 64] {
+        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| page[64 * word + i]))
+    }
+
     /// Sets the entry `index` of a table page.
     #[inline]
     pub fn set_entry(&mut self, gfn: Gfn, index: usize, value: u64) {

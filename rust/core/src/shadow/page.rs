@@ -170,6 +170,13 @@ impl Arena {
         if page.role.direct() { page.role.access() } else { Access(self.shadowed[pos.0 as usize] as u8 & 7) }
     }
 
+    /// Whether an entry of a page with gptes was made from just that frame and those rights.
+    #[inline]
+    #[must_use]
+    pub fn maps(&self, pos: SptePos, gfn: Gfn, access: Access) -> bool {
+        self.shadowed[pos.0 as usize] == (gfn.0 << 3 | u64::from(access.0))
+    }
+
     /// Notes frame and rights of an entry; a direct page derives them.
     #[inline]
     pub fn set_mapped(&mut self, pos: SptePos, gfn: Gfn, access: Access) {

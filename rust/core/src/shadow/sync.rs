@@ -1,14 +1,15 @@
 //! Bringing unsync pages back into step with the guest's tables.
 
+use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
-use crate::memory::HostState;
+use crate::memory::{HostState, Slot};
 use crate::shadow::make::Leaf;
-use crate::shadow::page::bits;
+use crate::shadow::page::Bitmap;
 use crate::shadow::spte::{HOST_WRITABLE, Spte};
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
-use crate::types::{Gfn, Gva, Level, PageId, SptePos};
+use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
 
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
@@ -24,13 +25,44 @@ impl Shadow {
         if page.role.direct() || page.role.sync_key() != role.root_role().sync_key() {
             return None;
         }
-        let (table, used) = (page.gfn, page.used);
+        let (table, used, granted) = (page.gfn, page.used, page.role.access());
+        if used == Bitmap::default() {
+            return Some(false);
+        }
+        self.read_gpte_atomic(table, 0)?;
+        let logging = self.memory.slots().iter().any(Slot::logs_dirty);
         let mut flush = false;
-        for index in bits(&used) {
-            let gpte = self.read_gpte_atomic(table, index)?;
-            flush |= self.sync_entry(id.entry(index), gpte, role);
+        for (word, mut rest) in used.into_iter().enumerate().filter(|(_, rest)| *rest != 0) {
+            let gptes = self.memory.host.entries(table, word);
+            while rest != 0 {
+                let bit = rest.trailing_zeros() as usize;
+                rest &= rest - 1;
+                let (pos, gpte) = (id.entry(64 * word + bit), Gpte(gptes[bit]));
+                let kept = if logging { None } else { self.keep_entry(pos, gpte, granted, role) };
+                flush |= kept.unwrap_or_else(|| self.sync_entry(pos, gpte, role));
+            }
         }
         Some(flush)
+    }
+
+    /// The short way for an entry whose guest entry says what it said before: the rebuilt entry is the old one without
+    /// A and D. `None` if it is not so, or if write protection has to be asked again; nothing was done then.
+    #[inline]
+    fn keep_entry(&mut self, pos: SptePos, gpte: Gpte, granted: Access, role: &CpuRole) -> Option<bool> {
+        let old = self.spte(pos);
+        if !gpte.present() || !gpte.accessed() || gpte.has_reserved(role, Level::PT) || !old.present() {
+            return None;
+        }
+        let access = gpte.protect_clean(granted.and(gpte.access()));
+        if !self.arena.maps(pos, gpte.gfn(Level::PT), access) || access.has(Access::W) != old.writable() {
+            return None;
+        }
+        let new = Spte(old.0 & !(PT_A | PT_D));
+        if new == old {
+            return Some(false);
+        }
+        self.arena.update_spte(pos, new);
+        Some(true)
     }
 
     fn sync_entry(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole) -> bool {
