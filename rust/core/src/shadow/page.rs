@@ -9,6 +9,8 @@ const BUCKETS: usize = 1 << 12;
 /// The kernel's `GOLDEN_RATIO_64`.
 const HASH_FACTOR: u64 = 0x61c8_8646_80b5_83eb;
 const NONE: u32 = u32::MAX;
+/// Pages that the arena has room for at first: the least quota.
+const FIRST_PAGES: usize = 64;
 
 /// A set of entry indexes of one page.
 pub type Bitmap = [u64; ENTRIES / 64];
@@ -62,7 +64,8 @@ impl Page {
 #[derive(Clone, Debug)]
 pub struct Arena {
     pages: Vec<Page>,
-    sptes: Vec<Spte>,
+    /// The entries of all pages, one page after the other; longer than `pages` so that growth is rare.
+    sptes: Vec<u64>,
     /// The frame and rights that an entry of a page with gptes was made from.
     shadowed: Vec<u64>,
     free: Vec<PageId>,
@@ -110,13 +113,24 @@ impl Arena {
         } else {
             let id = PageId(self.pages.len() as u32);
             self.pages.push(page);
-            self.sptes.resize(self.pages.len() * ENTRIES, Spte::EMPTY);
-            self.shadowed.resize(self.pages.len() * ENTRIES, 0);
+            if self.sptes.len() < self.pages.len() * ENTRIES {
+                self.grow();
+            }
             id
         };
         self.hash_insert(id);
         self.list_insert(id);
         id
+    }
+
+    /// Doubles the room for entries. Fresh zeroed memory costs nothing until it is touched.
+    fn grow(&mut self) {
+        let room = (self.sptes.len() * 2).max(FIRST_PAGES * ENTRIES);
+        for entries in [&mut self.sptes, &mut self.shadowed] {
+            let mut larger = vec![0; room];
+            larger[..entries.len()].copy_from_slice(entries);
+            *entries = larger;
+        }
     }
 
     /// Gives a page back that holds no entry any more and is off the active list.
@@ -132,13 +146,13 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn spte(&self, pos: SptePos) -> Spte {
-        self.sptes[pos.0 as usize]
+        Spte(self.sptes[pos.0 as usize])
     }
 
     /// Writes an entry.
     #[inline]
     pub fn set_spte(&mut self, pos: SptePos, spte: Spte) {
-        self.sptes[pos.0 as usize] = spte;
+        self.sptes[pos.0 as usize] = spte.0;
         let bit = 1 << (pos.index() % 64);
         let word = &mut self.pages[pos.page().0 as usize].used[pos.index() / 64];
         *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
@@ -148,7 +162,7 @@ impl Arena {
     #[inline]
     pub fn update_spte(&mut self, pos: SptePos, spte: Spte) {
         debug_assert!(spte != Spte::EMPTY && self.spte(pos) != Spte::EMPTY);
-        self.sptes[pos.0 as usize] = spte;
+        self.sptes[pos.0 as usize] = spte.0;
     }
 
     /// The frame that an entry maps (`kvm_mmu_page_get_gfn`, 6.1).
