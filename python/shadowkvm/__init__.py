@@ -1,0 +1,78 @@
+"""shadowkvm: Linux KVM's x86 shadow MMU as a library.
+
+Give it a guest's memory accesses, and it answers with what KVM would have done, in KVM's own counters and tracepoints.
+
+>>> import shadowkvm as sk
+>>> vm = sk.Vm(memory=32 << 20, events=True)
+>>> vm.vcpus[0].read(0x1000)
+Outcome(status='page_fault', value=0x0, error_code=0x0, address=0x1000)
+>>> vm.counters["pf_guest"], vm.event_text()[-1]
+(1, 'kvm_inj_exception: #PF (0x0)')
+
+`Vm` is the machine, ``vm.vcpus`` its CPUs; `Vm.run` replays a trace (an array of `TRACE_DTYPE`) or a `Recording`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+from typing import Final
+
+from shadowkvm._core import MODEL_VERSION, Outcome, Vcpu
+from shadowkvm.counters import COUNTER_INFO, CounterInfo, Counters
+from shadowkvm.errors import (
+    ConfigError,
+    GuestMemoryError,
+    InvariantError,
+    PolicyError,
+    ShadowKvmError,
+    TraceError,
+)
+from shadowkvm.events import EVENT_DTYPE, EVENT_INFO, EventInfo
+from shadowkvm.ops import NO_PAGE, PAGE_SIZE, TRACE_DTYPE, Flag, Op
+from shadowkvm.result import OUTCOME_DTYPE, STATUS_NAMES, RunResult
+from shadowkvm.shadow import Page, Role, Root, ShadowTree
+from shadowkvm.trace import Chunk, Recording, RecordingWriter, import_raw
+from shadowkvm.vm import HOST_STATES, Vm
+
+__all__ = [
+    "COUNTER_INFO",
+    "EVENT_DTYPE",
+    "EVENT_INFO",
+    "HOST_STATES",
+    "NO_PAGE",
+    "OUTCOME_DTYPE",
+    "PAGE_SIZE",
+    "STATUS_NAMES",
+    "TRACE_DTYPE",
+    "Chunk",
+    "ConfigError",
+    "CounterInfo",
+    "Counters",
+    "EventInfo",
+    "Flag",
+    "GuestMemoryError",
+    "InvariantError",
+    "Op",
+    "Outcome",
+    "Page",
+    "PolicyError",
+    "Recording",
+    "RecordingWriter",
+    "Role",
+    "Root",
+    "RunResult",
+    "ShadowKvmError",
+    "ShadowTree",
+    "TraceError",
+    "Vcpu",
+    "Vm",
+    "__version__",
+    "import_raw",
+    "model_version",
+]
+
+__version__: Final = _version("shadowkvm")
+"""Version of the package."""
+
+model_version: Final = MODEL_VERSION
+"""The kernel whose rules the engine follows; every result names it."""

@@ -1,0 +1,152 @@
+# The compiled engine: what rust/python exports. `shadowkvm` is the public face; the order of tuples is told here only.
+
+from collections.abc import Sequence
+from typing import Final, Self, final
+
+from typing_extensions import Buffer, disjoint_base
+
+# Rows are name, scope, kind, meaning.
+COUNTERS: Final[list[tuple[str, str, str, str]]]
+# Rows are code, name, meaning.
+EVENTS: Final[list[tuple[int, str, str]]]
+OPS: Final[list[tuple[int, str, str]]]
+# Rows are name, meaning.
+POLICIES: Final[list[tuple[str, str]]]
+PROFILES: Final[list[str]]
+STATUSES: Final[list[str]]
+MODEL_VERSION: Final[str]
+
+__all__ = [
+    "COUNTERS",
+    "EVENTS",
+    "MODEL_VERSION",
+    "OPS",
+    "POLICIES",
+    "PROFILES",
+    "STATUSES",
+    "Outcome",
+    "Vcpu",
+    "Vm",
+]
+
+@final
+class Outcome:
+    @property
+    def status(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    @property
+    def error_code(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Vcpu:
+    @property
+    def id(self) -> int: ...
+    @property
+    def sregs(self) -> dict[str, int]: ...
+    @property
+    def counters(self) -> dict[str, int]: ...
+    def counter_values(self) -> list[int]: ...
+    def set_sregs(
+        self, *, cr0: int | None = None, cr3: int | None = None, cr4: int | None = None, efer: int | None = None
+    ) -> None: ...
+    def read(
+        self,
+        gva: int,
+        size: int = 8,
+        user: bool = False,
+        *,
+        rip: int | None = None,
+        length: int = 1,
+        ac: bool = False,
+        implicit: bool = False,
+        delivery: bool = False,
+    ) -> Outcome: ...
+    def write(
+        self,
+        gva: int,
+        value: int,
+        size: int = 8,
+        user: bool = False,
+        *,
+        kind: str = "mov",
+        rip: int | None = None,
+        length: int = 1,
+        ac: bool = False,
+        implicit: bool = False,
+        delivery: bool = False,
+    ) -> Outcome: ...
+    def rmw(
+        self,
+        gva: int,
+        operand: int,
+        kind: str = "or",
+        size: int = 8,
+        user: bool = False,
+        *,
+        expected: int | None = None,
+        locked: bool = True,
+        rip: int | None = None,
+        length: int = 1,
+        ac: bool = False,
+    ) -> Outcome: ...
+    def rep_stos(
+        self, gva: int, value: int, count: int, size: int = 8, user: bool = False, *, rip: int | None = None
+    ) -> Outcome: ...
+    def fetch(self, gva: int, user: bool = False, *, rip: int | None = None, ac: bool = False) -> Outcome: ...
+    def load_cr0(self, value: int, *, rip: int | None = None) -> Outcome: ...
+    def load_cr3(self, value: int, *, rip: int | None = None) -> Outcome: ...
+    def load_cr4(self, value: int, *, rip: int | None = None) -> Outcome: ...
+    def wrmsr_efer(self, value: int, *, rip: int | None = None) -> Outcome: ...
+    def invlpg(self, gva: int, *, rip: int | None = None) -> Outcome: ...
+    def hlt(self, rip: int | None = None) -> Outcome: ...
+    def io(self, rip: int | None = None) -> Outcome: ...
+
+@disjoint_base
+class Vm:
+    def __new__(
+        cls,
+        memory: int,
+        vcpus: int = 1,
+        policy: str = "kvm",
+        profile: str = "zen",
+        event_mask: int = 0,
+        nx_huge_pages: bool = False,
+    ) -> Self: ...
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]: ...
+    def add_slot(self, slot: int, gpa: int, size: int, readonly: bool = False, dirty_log: bool = False) -> None: ...
+    def delete_slot(self, slot: int) -> None: ...
+    def get_dirty_log(self, slot: int) -> list[int]: ...
+    def set_dirty_log(self, slot: int, enabled: bool) -> None: ...
+    def notifier_unmap(self, gpa: int, size: int) -> None: ...
+    def set_host_pages(self, gpa: int, size: int, state: str) -> None: ...
+    def set_page_quota(self, n: int) -> None: ...
+    def set_sites(self, sites: Sequence[int]) -> None: ...
+    def write_memory(self, gpa: int, data: Buffer) -> None: ...
+    def read_memory(self, gpa: int, size: int) -> bytes: ...
+    def audit(self) -> None: ...
+    # In the order of COUNTERS: the VM's, then the sums over the vCPUs.
+    def counter_values(self) -> list[int]: ...
+    # (rows of each of STATUSES, faults matched, missed, unexpected, first mismatch, outcomes of 24 bytes each)
+    def run_rows(
+        self, rows: Buffer, first_row: int = 0, pages: Buffer | None = None, outcomes: bool = False
+    ) -> tuple[list[int], int, int, int, int | None, bytes | None]: ...
+    # 40 bytes an event, shadowkvm.EVENT_DTYPE
+    def event_records(self) -> bytes: ...
+    def event_lines(self, first: int = 0) -> list[str]: ...
+    def clear_events(self) -> None: ...
+    # (id, gfn, level, access, direct, invalid, unsync, root count, unsync children, flood, generation, role's word,
+    #  [(index, spte)], [id of the page below or -1 for each of those])
+    def shadow_pages(
+        self,
+    ) -> list[
+        tuple[int, int, int, str, bool, bool, bool, int, int, int, int, int, list[tuple[int, int]], list[int]]
+    ]: ...
+    # (current root's id or -1, those of the cached roots) for each vCPU
+    def roots(self) -> list[tuple[int, list[int]]]: ...

@@ -1,0 +1,264 @@
+"""Vm: a machine under KVM's shadow MMU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from numpy.typing import NDArray
+
+from shadowkvm import feed
+from shadowkvm._core import POLICIES, PROFILES
+from shadowkvm._core import Vm as _Vm
+from shadowkvm.checks import integer, nearest
+from shadowkvm.counters import Counters
+from shadowkvm.errors import ConfigError
+from shadowkvm.events import event_array, event_mask
+from shadowkvm.result import RunResult
+from shadowkvm.shadow import ShadowTree, shadow_tree
+from shadowkvm.trace import Recording
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Buffer
+
+__all__ = ["HOST_STATES", "Vm"]
+
+HOST_STATES: Final = ("writable", "zero", "absent", "huge-2m", "huge-1g")
+"""What the host can have behind guest memory, see `Vm.set_host_pages`."""
+
+Progress = Callable[[int, int], None]
+
+
+def _choice(what: str, name: object, known: Iterable[str]) -> str:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} {name!r}: a name is expected{nearest('', known)}")
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is not known{nearest(name, known)}")
+    return name
+
+
+class Vm(_Vm):
+    """A virtual machine whose guest runs on KVM's shadow page tables.
+
+    It begins with one memslot (number 0) at guest physical address (gpa) 0, host pages present, writable and small;
+    guest memory is sparse, so only pages that were written take room. Each vCPU (`vcpus`) begins in 64-bit mode with
+    CR3 = 0.
+
+    Args:
+        memory: bytes of slot 0; a multiple of 4,096.
+        vcpus: number of virtual CPUs, 1 to 255.
+        policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of Linux 6.1.
+        profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
+        events: what `events` records: True (everything), False, or names of tracepoints.
+
+    Raises:
+        ConfigError: a size, a number or a name that cannot be.
+
+    Guest faults are results. What raises is misuse, and the VM is then as it was before the call.
+
+    >>> import shadowkvm as sk
+    >>> vm = sk.Vm(memory=32 << 20)
+    >>> for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x67}.items():
+    ...     vm.write_memory(table, entry.to_bytes(8, "little"))
+    >>> cpu = vm.vcpus[0]
+    >>> cpu.set_sregs(cr3=0x1000)
+    >>> cpu.write(0x10, 42), cpu.read(0x10).value
+    (Outcome(status='done', value=0x0, error_code=0x0, address=0x0), 42)
+    >>> vm.counters["pf_fixed"]
+    1
+    """
+
+    _memory: int
+    _policy: str
+    _profile: str
+
+    def __new__(
+        cls,
+        memory: int,
+        *,
+        vcpus: int = 1,
+        policy: str | None = None,
+        profile: str = "zen",
+        events: bool | Iterable[str] = False,
+    ) -> Self:
+        """Check the names, then have the engine made."""
+        policy = "kvm" if policy is None else _choice("policy", policy, [name for name, _ in POLICIES])
+        profile = _choice("profile", profile, PROFILES)
+        memory = integer("memory", memory)
+        self = super().__new__(cls, memory, integer("vcpus", vcpus), policy, profile, event_mask(events))
+        self._memory, self._policy, self._profile = memory, policy, profile
+        return self
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the VM was made with."""
+        return self._memory
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self._policy
+
+    @property
+    def profile(self) -> str:
+        """Name of the CPU profile."""
+        return self._profile
+
+    # -- what the host does -------------------------------------------------------------------------------------------
+
+    def add_slot(self, slot: int, gpa: int, size: int, readonly: bool = False, dirty_log: bool = False) -> None:
+        """Add a memslot (``KVM_SET_USER_MEMORY_REGION``): memory at ``gpa``, ``size`` bytes, both multiples of 4,096.
+
+        Guest stores to a ``readonly`` slot are MMIO. With ``dirty_log`` written frames are noted, see `get_dirty_log`.
+
+        Raises:
+            ConfigError: the number is in use or above 508, the range is empty, not aligned, or overlaps a slot.
+        """
+        number, address = integer("slot", slot, bits=16), integer("gpa", gpa)
+        super().add_slot(number, address, integer("size", size), readonly, dirty_log)
+
+    def delete_slot(self, slot: int) -> None:
+        """Delete a memslot; all shadow pages become obsolete. ConfigError if there is none of that number."""
+        super().delete_slot(integer("slot", slot, bits=16))
+
+    def get_dirty_log(self, slot: int) -> list[int]:
+        """Frame numbers written since the last call, ascending; the call clears them (``KVM_GET_DIRTY_LOG``).
+
+        Raises:
+            ConfigError: no such slot, or it has no dirty log.
+        """
+        return super().get_dirty_log(integer("slot", slot, bits=16))
+
+    def set_dirty_log(self, slot: int, enabled: bool) -> None:
+        """Turn the dirty log of a slot on or off; ConfigError if there is no such slot."""
+        super().set_dirty_log(integer("slot", slot, bits=16), enabled)
+
+    def notifier_unmap(self, gpa: int, size: int) -> None:
+        """The host drops the memory behind ``size`` bytes at ``gpa`` (``madvise(MADV_DONTNEED)``).
+
+        Shadow entries that map it are zapped, its content is 0, and its pages are absent until they are touched.
+
+        Raises:
+            ConfigError: the range is empty, not aligned to 4,096, or not all memory.
+        """
+        super().notifier_unmap(integer("gpa", gpa), integer("size", size))
+
+    def set_host_pages(self, gpa: int, size: int, state: str) -> None:
+        """Say what the host has behind ``size`` bytes at ``gpa``, as if it had always been so.
+
+        Args:
+            gpa, size: multiples of 4,096, for huge pages of 2 MiB or 1 GiB.
+            state: "writable" (small pages of its own), "zero" (the shared zero page: the first store replaces it),
+                "absent" (nothing yet: the first access brings it), "huge-2m" or "huge-1g" (huge pages).
+
+        Raises:
+            ConfigError: an unknown state, or a range that is not aligned or not all memory.
+        """
+        super().set_host_pages(integer("gpa", gpa), integer("size", size), _choice("state", state, HOST_STATES))
+
+    def set_page_quota(self, n: int) -> None:
+        """Allow ``n`` shadow pages, at least 64 (``KVM_SET_NR_MMU_PAGES``); the oldest go if there are more now."""
+        super().set_page_quota(integer("quota", n))
+
+    def write_memory(self, gpa: int, data: Buffer) -> None:
+        """The host's own store to guest memory: no fault, no write tracking, shadow entries stay as they are.
+
+        Raises:
+            GuestMemoryError: some byte is in no memslot (``gpa``); nothing was written.
+        """
+        super().write_memory(integer("gpa", gpa), data)
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """The host's own load of ``size`` bytes of guest memory, as `write_memory`."""
+        return super().read_memory(integer("gpa", gpa), integer("size", size))
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def set_sites(self, sites: Iterable[int]) -> None:
+        """Set the table of instruction addresses that the field ``site`` of a trace's rows indexes.
+
+        Entry 0 stands for "no address", whatever it holds. Recordings bring a table of their own.
+        """
+        super().set_sites([integer("site", address) for address in sites])
+
+    def run(
+        self, trace: NDArray[np.void] | Recording, outcomes: bool = False, progress: Progress | None = None
+    ) -> RunResult:
+        """Run a trace: what a loop over its rows would do, one operation each, a hundred times as fast.
+
+        Args:
+            trace: a one-dimensional array of TRACE_DTYPE (it may be read-only or a memory map), or a Recording. A
+                Recording first sets the registers of vCPU 0 and the table of sites; its rows are read as they are
+                needed, so it may be larger than memory.
+            outcomes: keep what each row came to (24 bytes a row) in ``result.outcomes``.
+            progress: called between pieces of at most 262,144 rows with the number of rows so far and of all rows.
+
+        Returns:
+            Rows, seconds, outcomes by status, the change of the counters, and how the guest's faults compare with the
+            recorded ones.
+
+        Raises:
+            TraceError: the array has another dtype, byte order or shape; or a row cannot be run (unknown op, no such
+                vCPU, size 0, ...): ``index`` is its number. Rows before it were run (a Recording is checked chunk by
+                chunk, so none of its chunk), and the VM can be used on.
+            ConfigError: the VM does not fit the recording (memory, number of vCPUs, paging mode).
+
+        Other Python threads run meanwhile; a signal (Ctrl-C) takes effect between pieces. The array is copied piece by
+        piece before it is run: changing it meanwhile is safe.
+
+        >>> import numpy as np, shadowkvm as sk
+        >>> rows = np.zeros(3, sk.TRACE_DTYPE)
+        >>> rows["op"], rows["size"], rows["addr"] = sk.Op.READ, 8, [0, 8, 4096]
+        >>> result = sk.Vm(memory=1 << 20).run(rows)
+        >>> result.rows, result.status["page_fault"], result.counters["pf_guest"]
+        (3, 3, 3)
+        """
+        total = len(trace) if isinstance(trace, Recording) else 0
+        if not isinstance(trace, Recording):
+            feed.check_trace(trace)
+            total = len(trace)
+
+        def each(piece: feed.Piece) -> None:
+            if progress is not None:
+                progress(piece.first + len(piece.rows), total)
+
+        return feed.run(self, trace, outcomes=outcomes, each=each)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        """KVM's statistics now: those of the VM and the sums over its vCPUs. One vCPU's are ``vcpu.counters``."""
+        return Counters(self.counter_values())
+
+    @property
+    def events(self) -> NDArray[np.void]:
+        """The events recorded so far: EVENT_DTYPE, shape (n,), read-only; empty if the VM was made without any.
+
+        They stay until `clear_events`; each takes 40 bytes.
+        """
+        return event_array(self.event_records())
+
+    def event_text(self, first: int = 0) -> list[str]:
+        """The events from number ``first`` on as the kernel prints them, one string each.
+
+        For example ``"kvm_mmu_get_page: sp gen 0 gfn 1 l4 8-byte q0 wux nxe ad root 0 sync new"``.
+        """
+        return self.event_lines(integer("first", first))
+
+    def shadow(self) -> ShadowTree:
+        """The shadow tables as they are now: a copy, to look at."""
+        return shadow_tree(self)
+
+    def __repr__(self) -> str:
+        size, unit = next(
+            (self._memory >> shift, name)
+            for shift, name in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+            if self._memory % (1 << shift) == 0
+        )
+        names = f"policy {self._policy}, profile {self._profile}"
+        return f"<Vm {size} {unit}, {len(self.vcpus)} vCPU, {names}, {self.counters['x_ops']:,} ops>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Vm cannot be pickled or copied: run the same trace again, it gives the same state")
