@@ -7,6 +7,8 @@
 mod counts;
 mod leaves;
 mod pages;
+#[cfg(test)]
+mod tests;
 mod translations;
 
 use crate::cpu::Vcpu;
