@@ -121,7 +121,7 @@ impl Host {
         if old == state {
             return;
         }
-        if old.level() > Level::PT && !state.writable() {
+        if old.level() > state.level() {
             self.split(gfn, old.level());
         }
         let region = self.region_mut(gfn);
@@ -301,5 +301,9 @@ mod tests {
         host.set_state(Gfn(600), HostState::Absent);
         assert_eq!(host.state(Gfn(601)), HostState::Writable);
         assert_eq!(host.state(Gfn(600)), HostState::Absent);
+        host.set_state(Gfn(700), HostState::Huge2m);
+        host.set_state(Gfn(701), HostState::Huge2m);
+        host.set_state(Gfn(700), HostState::Writable);
+        assert_eq!(host.state(Gfn(701)), HostState::Writable, "a 4 KiB page in its middle ends it, too");
     }
 }
