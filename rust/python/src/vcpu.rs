@@ -194,8 +194,7 @@ impl Vcpu {
 
     #[pyo3(signature = (gva, user=false, *, rip=None, ac=false))]
     fn fetch(&self, py: Python<'_>, gva: u64, user: bool, rip: Option<u64>, ac: bool) -> PyResult<Outcome> {
-        let _ = rip;
-        let how = How { user, rip: None, length: 1, ac, implicit: false, delivery: false };
+        let how = How { user, rip, length: 1, ac, implicit: false, delivery: false };
         self.run(py, &access(Action::Fetch, gva, 1, how)?)
     }
 

@@ -22,7 +22,11 @@ impl Vm {
     /// Runs one instruction, or one access of event delivery, on a vCPU of the VM.
     pub fn execute(&mut self, vcpu: usize, insn: &Insn) -> Outcome {
         self.begin(vcpu);
-        let outcome = self.with(vcpu, |ctx| ctx.run_insn(insn));
+        let outcome = self.with(vcpu, |ctx| match (insn.action, insn.rip) {
+            // A jump: it is fetched and done with before its target is.
+            (Action::Fetch, Some(rip)) => ctx.fetch_insn(rip, insn.user).map_or_else(|o| o, |()| ctx.run_insn(insn)),
+            _ => ctx.run_insn(insn),
+        });
         self.end();
         outcome
     }

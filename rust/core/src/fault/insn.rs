@@ -63,7 +63,7 @@ pub struct Insn {
     pub rep: bool,
     /// Elements that are stored one after the other (REP STOS); 1 for everything else.
     pub repeat: u32,
-    /// Its address; with one, it is fetched through the shadow first.
+    /// Its address; with one, it is fetched through the shadow first. For a fetch: the jump that leads there.
     pub rip: Option<u64>,
     /// Its bytes, 1 to 15; they matter when they cross a page end.
     pub length: u8,
