@@ -111,7 +111,7 @@ fn loud_host(rules: Rules) -> BoxedStrategy<Op> {
         .prop_map(|(frame, index, value)| row(OpCode::HostWrite, frame << 12 | index << 3, value, 8));
     let add = (0u8..3).prop_map(|flags| Row { flags, ..row(OpCode::SlotAdd, SLOT1.0, SLOT1.1, 1) });
     let delete = Just(row(OpCode::SlotDel, 0, 0, 1));
-    let state = select(vec![HostState::Absent, HostState::Zero]);
+    let state = select(vec![HostState::Absent, HostState::Zero, HostState::Writable]);
     let small = (gpa(), state).prop_map(|(gpa, state)| Op::HostPages(gpa, 0x1000, state));
     let huge = select(HUGE.to_vec()).prop_map(|gpa| Op::HostPages(gpa, 0x20_0000, HostState::Huge2m));
     let rows = prop_oneof![3 => unmap, 3 => write, 3 => add, 2 => delete].prop_map(Op::Row);
