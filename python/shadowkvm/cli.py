@@ -39,6 +39,7 @@ from shadowkvm.terminal import (
     show_list,
 )
 from shadowkvm.trace import Recording, import_raw
+from shadowkvm.verify import add_verbs
 
 __all__ = ["main"]
 
@@ -75,6 +76,7 @@ trace_app = App(name="trace", help="Recordings: look into them, import raw ones.
 policy_app = App(name="policy", help="Policies: what replaces decisions of KVM.")
 app.command(trace_app)
 app.command(policy_app)
+add_verbs(app)
 
 FormatOption = Annotated[
     Format | None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shadowkvm.kvm.tracetext import Normaliser, comparable, same_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,103 +21,6 @@ COUNTERS = (
     "mmu_unsync", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits", "remote_tlb_flush_requests", "tlb_flush",
     "invlpg", "insn_emulation", "insn_emulation_fail", "max_mmu_rmap_size",
 )  # fmt: skip
-# All of system kvmmmu, and of system kvm what the harness recorded. The exits of host interrupts are noise.
-KINDS = frozenset(
-    [
-        "kvm_mmu_pagetable_walk",
-        "kvm_mmu_paging_element",
-        "kvm_mmu_set_accessed_bit",
-        "kvm_mmu_set_dirty_bit",
-        "kvm_mmu_walker_error",
-        "kvm_mmu_get_page",
-        "kvm_mmu_sync_page",
-        "kvm_mmu_unsync_page",
-        "kvm_mmu_prepare_zap_page",
-        "mark_mmio_spte",
-        "handle_mmio_page_fault",
-        "check_mmio_spte",
-        "fast_page_fault",
-        "kvm_mmu_spte_requested",
-        "kvm_mmu_set_spte",
-        "kvm_mmu_zap_all_fast",
-        "kvm_exit",
-        "kvm_page_fault",
-        "kvm_emulate_insn",
-        "kvm_inj_exception",
-        "vcpu_match_mmio",
-        "kvm_mmio",
-        "kvm_unmap_hva_range",
-        "kvm_set_spte_hva",
-    ]
-)
-NOISE = re.compile(r"kvm_exit: .* reason interrupt |.*\[reinjected\]\s*$")
-PFN_BITS = 0x000F_FFFF_FFFF_F000
-NO_SLOT = 1 << 63
-
-
-class Normaliser:
-    """Host addresses differ from run to run; only "same or not" is behaviour.
-
-    A host frame becomes `#n`, the n-th frame seen behind that gfn; a shadow table becomes its number in the order of
-    appearance, counted afresh after each zap (a freed page may come back as another table).
-    """
-
-    def __init__(self, *, frames: bool) -> None:
-        self.frames = frames
-        self.of_gfn: dict[int, list[int]] = {}
-        self.tables: dict[int, int] = {}
-
-    def frame(self, gfn: int, pfn: int) -> str:
-        if pfn == NO_SLOT:
-            return "none"
-        known = self.of_gfn.setdefault(gfn, [])
-        if pfn not in known:
-            known.append(pfn)
-        return f"#{known.index(pfn)}" if self.frames else "#"
-
-    def line(self, text: str) -> str:
-        text = text.rstrip(" \0")
-        name, _, rest = text.partition(": ")
-        convert = getattr(self, f"line_{name}", None)
-        return f"{name}: {convert(rest)}" if convert else text
-
-    def line_kvm_mmu_spte_requested(self, rest: str) -> str:
-        _, gfn, _, pfn, _, level = rest.split()
-        return f"gfn {gfn} pfn {self.frame(int(gfn, 16), int(pfn, 16))} level {level}"
-
-    def line_kvm_mmu_set_spte(self, rest: str) -> str:
-        _, gfn, _, text, rights, _, level, _, at = rest.split()
-        spte, address = int(text, 16), int(at, 16)
-        flags = f"{spte & 0xFFF:x}" + (" nx" if spte >> 63 else "")
-        table = self.tables.setdefault(address >> 12, len(self.tables))
-        frame = self.frame(int(gfn, 16), (spte & PFN_BITS) >> 12)
-        return f"gfn {gfn} spte {frame} {flags} {rights} level {level} at table {table} [{(address & 0xFFF) // 8}]"
-
-    def line_kvm_mmu_prepare_zap_page(self, rest: str) -> str:
-        self.tables.clear()
-        return rest
-
-    def line_mark_mmio_spte(self, rest: str) -> str:
-        return re.sub(r"sptep:\S+ ", "", rest)
-
-    def line_kvm_emulate_insn(self, rest: str) -> str:
-        """Only the address: the engine is not told the instruction's bytes."""
-        return rest.split(":")[1] + (" failed" if rest.endswith(" failed") else "")
-
-    def line_kvm_exit(self, rest: str) -> str:
-        """Without info1: it repeats the error code of a #PF and is SVM's own affair otherwise."""
-        return rest.partition(" info1")[0]
-
-    def line_kvm_mmio(self, rest: str) -> str:
-        """Values of writes only: what a read gets is the device's choice, and the harness's devices answered 0."""
-        return rest if rest.startswith("mmio write") else rest.partition(" val")[0]
-
-    def line_kvm_unmap_hva_range(self, rest: str) -> str:
-        """Host virtual addresses: only that it happened."""
-        del rest
-        return ""
-
-    line_kvm_set_spte_hva = line_kvm_unmap_hva_range
 
 
 def moves_frames(scenario: Scenario) -> bool:
@@ -126,21 +30,8 @@ def moves_frames(scenario: Scenario) -> bool:
     )
 
 
-def is_compared(text: str) -> bool:
-    """A [reinjected] line also appears whenever a host interrupt ends the delivery of a #PF, so it is left out."""
-    return text.partition(":")[0] in KINDS and not NOISE.match(text)
-
-
 def normalise(scenario: Scenario, lines: Iterable[str]) -> list[str]:
-    normaliser = Normaliser(frames=not moves_frames(scenario))
-    return [normaliser.line(text) for text in lines if is_compared(text)]
-
-
-def same(expected: str, got: str) -> bool:
-    """Equal, or equal but for a RIP that the engine was not told (accesses of an event delivery carry none)."""
-    if expected == got:
-        return True
-    return got.startswith(("kvm_page_fault", "kvm_exit")) and re.sub(r"rip 0x\w+", "rip 0x0", expected) == got
+    return Normaliser(frames=not moves_frames(scenario)).lines(lines)
 
 
 class EventDiff(NamedTuple):
@@ -152,7 +43,7 @@ class EventDiff(NamedTuple):
 def diff_events(scenario: Scenario, got: list[str]) -> EventDiff | None:
     expected, mine = normalise(scenario, scenario.events), normalise(scenario, got)
     for index, (one, other) in enumerate(zip_longest(expected, mine)):
-        if one is None or other is None or not same(one, other):
+        if one is None or other is None or not same_event(one, other):
             return EventDiff(index, expected, mine)
     return None
 
@@ -178,7 +69,7 @@ def diff_stages(scenario: Scenario, result: Result) -> list[str]:
 def leaf_tables(vm: Any) -> list[tuple[int, int, bool, list[int]]]:
     """(gfn, level, direct, 512 sptes) of every shadow page. The one place that knows what vm.shadow() looks like."""
     return [
-        (int(page.gfn), int(page.role.level), bool(page.role.direct), [page.sptes.get(i, 0) for i in range(512)])
+        (int(page.gfn), int(page.role.level), bool(page.role.direct), [page.entries.get(i, 0) for i in range(512)])
         for page in vm.shadow().pages
     ]
 
@@ -225,7 +116,7 @@ def side_by_side(diff: EventDiff, *, before: int = 6, after: int = 10) -> str:
         one = diff.expected[index] if index < len(diff.expected) else ""
         other = diff.got[index] if index < len(diff.got) else ""
         if one or other:
-            lines.append(f"{'  ' if same(one, other) else '->'}{index:4} {one[:width]:{width}} | {other[:width]}")
+            lines.append(f"{'  ' if same_event(one, other) else '->'}{index:4} {one[:width]:{width}} | {other[:width]}")
     return "\n".join(lines)
 
 
@@ -235,7 +126,7 @@ def op_at(scenario: Scenario, result: Result, diff: EventDiff) -> str:
         return "?"
     count, position = 0, len(result.events)
     for index, text in enumerate(result.events):
-        if is_compared(text):
+        if comparable(text):
             if count == diff.first:
                 position = index
                 break

@@ -32,6 +32,8 @@ class Result:
 def build_vm(sk: Any, corpus: Corpus, scenario: Scenario) -> Any:
     """The VM as the harness made it: 64 MiB in slot 0, memory filled, registers set."""
     vm = sk.Vm(memory=RAM, vcpus=1, profile="qemu-tcg", events=True)
+    regs = scenario.regs
+    vm.vcpus[0].set_sregs(cr0=regs["cr0"], cr3=regs["cr3"], cr4=regs["cr4"], efer=regs["efer"])
     vm.set_host_pages(0, RAM, HOST_PAGES[scenario.host])
     for address, page in memory_pages(corpus, scenario).items():
         if scenario.host == "untouched":
@@ -45,8 +47,6 @@ def build_vm(sk: Any, corpus: Corpus, scenario: Scenario) -> Any:
         else:
             gpa, word = args
             vm.write_memory(gpa, word.to_bytes(8, "little"))
-    regs = scenario.regs
-    vm.vcpus[0].set_sregs(cr0=regs["cr0"], cr3=regs["cr3"], cr4=regs["cr4"], efer=regs["efer"])
     return vm
 
 

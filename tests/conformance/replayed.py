@@ -89,8 +89,9 @@ class FakeCpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
+        length: int = 1,
     ) -> Any:
-        del ac
+        del ac, length
         return self._take("read", rip, gva, size, U if user and not delivery else 0, anywhere=delivery or implicit)
 
     def write(
@@ -105,8 +106,9 @@ class FakeCpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
+        length: int = 1,
     ) -> Any:
-        del ac, kind
+        del ac, kind, length
         assert 0 <= value < 1 << 8 * size
         return self._take(
             "write", rip, gva, size, W | (U if user and not delivery else 0), anywhere=delivery or implicit
@@ -124,8 +126,9 @@ class FakeCpu:
         locked: bool = True,
         rip: int | None = None,
         ac: bool = False,
+        length: int = 1,
     ) -> Any:
-        del operand, locked, ac
+        del operand, locked, ac, length
         assert (expected is not None) == (kind == "cmpxchg")
         return self._take("rmw", rip, gva, size, W | (U if user else 0))
 

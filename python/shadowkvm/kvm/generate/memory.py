@@ -10,14 +10,17 @@ P, W, U, PWT, PCD, A, D, PS, G, NX = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 63)
 FULL = P | W | U | A | D
 ADDR = (1 << 40) - 1 & ~0xFFF  # the guest's MAXPHYADDR is 40
 RT, USER = 7, 8  # gfns of the stub pages
+READONLY = 2  # flag of a memslot
 SYSCALL_INDEX, SYSCALL = 30, 0x050F  # every page holds a syscall there: a target for instruction fetches
 
 
 def canonical(va: int) -> int:
+    """The address with bits 48 to 63 like bit 47."""
     return va | 0xFFFF << 48 if va >> 47 & 1 else va
 
 
 def compose(i4: int, i3: int, i2: int, i1: int, offset: int = 0) -> int:
+    """The address that these indices lead to."""
     return canonical(i4 << 39 | i3 << 30 | i2 << 21 | i1 << 12 | offset)
 
 
@@ -30,15 +33,23 @@ class Memory:
         self.stub: dict[int, int] = {}  # gfn -> level of the tables on the way to the stub pages
 
     def get(self, gfn: int, index: int) -> int:
+        """The qword there."""
         return self.pages.get(gfn, {}).get(index, 0)
 
     def set(self, gfn: int, index: int, value: int) -> None:
+        """Make it that."""
         self.pages.setdefault(gfn, {})[index] = value
 
     def backed(self, gfn: int) -> bool:
+        """Is there a memslot?"""
         return any(first <= gfn < first + n for first, n, _ in self.slots.values())
 
-    def bytes(self, gpa: int, size: int) -> bytes:
+    def writable(self, gfn: int) -> bool:
+        """Does a store of the guest reach memory there?"""
+        return any(first <= gfn < first + n and not flags & READONLY for first, n, flags in self.slots.values())
+
+    def load(self, gpa: int, size: int) -> bytes:
+        """What lies there."""
         out = b""
         while len(out) < size:
             at = gpa + len(out)
@@ -46,11 +57,13 @@ class Memory:
         return out[:size]
 
     def put(self, gpa: int, data: bytes) -> None:
+        """Lay it there."""
         for i, b in enumerate(data):
             gfn, index, shift = (gpa + i) >> 12, (gpa + i) >> 3 & 511, (gpa + i & 7) * 8
             self.set(gfn, index, self.get(gfn, index) & ~(0xFF << shift) | b << shift)
 
     def protected(self, gfn: int, index: int) -> bool:
+        """Does the way to the stub pages lead through this entry?"""
         level = self.stub.get(gfn)
         return gfn in (RT, USER) or (level is not None and (index in (7, 8) if level == 1 else index == 0))
 
@@ -84,6 +97,8 @@ class Memory:
 
 
 class Cpu:
+    """A vCPU's registers, and where an address leads under them."""
+
     def __init__(self, cr3: int, cr0: int, cr4: int, efer: int) -> None:
         self.cr3, self.cr0, self.cr4, self.efer = cr3, cr0, cr4, efer
 
@@ -109,7 +124,8 @@ class Cpu:
             gfn = (entry & ADDR) >> 12
         return None
 
-    def allows(self, rights: int, write: bool, user: bool, fetch: bool = False) -> bool:
+    def allows(self, rights: int, *, write: bool, user: bool, fetch: bool = False) -> bool:
+        """Do these rights permit the access?"""
         if (
             (user and not rights & U)
             or (fetch and rights & NX)
@@ -118,14 +134,15 @@ class Cpu:
             return False
         return user or not rights & U or not self.cr4 >> (20 if fetch else 21) & 1
 
-    def access(self, mem: Memory, va: int, write: bool, user: bool, fetch: bool = False) -> int | None:
+    def access(self, mem: Memory, va: int, *, write: bool, user: bool, fetch: bool = False) -> int | None:
         """The gpa if the access is allowed, with A and D set on the way; else None."""
         hit = self.walk(mem, va)
-        if hit is None or not self.allows(hit[1], write, user, fetch):
+        if hit is None or not self.allows(hit[1], write=write, user=user, fetch=fetch):
             return None
         gpa, _, path = hit
         for gfn, index in path:
-            mem.set(gfn, index, mem.get(gfn, index) | A)
-        if write:
+            if mem.writable(gfn):
+                mem.set(gfn, index, mem.get(gfn, index) | A)
+        if write and mem.writable(path[-1][0]):
             mem.set(*path[-1], mem.get(*path[-1]) | D)
         return gpa

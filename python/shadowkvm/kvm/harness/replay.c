@@ -1,5 +1,5 @@
 // Replays one case (registers, slots, memory image, ops) through KVM and prints, for every op, its outcome and which KVM statistics it moved.
-// Layout of the guest's two pages: guest.S. Layout of a case file: struct head, slots, pages, ops (oracle.py writes it).
+// Layout of the guest's two pages: guest.S. Layout of the input: struct head, slots, pages, ops (wire.py writes it and reads the output).
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -13,15 +13,17 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-#define CHECK(x) ({ long r_ = (x); if (r_ < 0) { perror(#x); exit(1); } r_; })
+#define CHECK(x) ({ long r_ = (x); if (r_ < 0) fail(#x); r_; })
 #define RT 0x7000ull
-#define USER 0x8000ull
-#define MAGIC 0x324b4853ull
+#define MAGIC 0x334b4853ull
 #define MAX_MMIO 24 // more MMIO exits than this in one op: a guest that repeats for ever
 #define MAX_STATS 128
 #define HUGE (2ull << 20)
 
-struct head { uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, pf_entry, gp_entry, sysret, huge, huge_end; };
+// The reader of this program's output looks for "ERROR " and for "DONE".
+static void fail(const char *what) { printf("ERROR %s%s%s\n", what, errno ? ": " : "", errno ? strerror(errno) : ""); exit(1); }
+
+struct head { uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, pf_entry, gp_entry, sysret, huge, huge_end, phys_bits; };
 struct slot { uint64_t id, gpa, size, flags; };
 struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end; uint64_t addr, value, expected; };
 enum { GUEST, FETCH, READ, WRMSR, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA };
@@ -98,7 +100,7 @@ static struct kvm_segment segment(int selector, int type, int l)
 	return (struct kvm_segment){ .limit = 0xffffffff, .selector = selector, .type = type, .present = 1, .s = 1, .l = l, .db = !l, .g = 1 };
 }
 
-static void read_exact(void *p, size_t n, FILE *f) { if (fread(p, 1, n, f) != n) { puts("short case"); exit(1); } }
+static void read_exact(void *p, size_t n, FILE *f) { if (fread(p, 1, n, f) != n) fail("the case is cut short"); }
 
 // Host pages of 2 MiB for that range of guest memory; without them the recording would be another case.
 static void make_huge(void)
@@ -110,14 +112,14 @@ static void make_huge(void)
 	FILE *f = fopen("/proc/self/smaps", "r");
 	while (f && fgets(line, sizeof line, f)) if (sscanf(line, "AnonHugePages: %lu", &kb) == 1) got += kb;
 	if (f) fclose(f);
-	if (got != want) { printf("huge pages: %lu kB instead of %lu\n", got, want); exit(1); }
+	if (got != want) fail("the host has not given the pages of 2 MiB");
 }
 
 // Guest memory as far as it is there from the start: every host page of it is touched, so that only KVM's own faults count.
-static void load_memory(FILE *f, const uint8_t *stub)
+static void load_memory(FILE *f)
 {
 	ram = mmap(0, head.backing + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (ram == MAP_FAILED) { perror("mmap"); exit(1); }
+	if (ram == MAP_FAILED) fail("mmap");
 	ram += -(uintptr_t)ram & (HUGE - 1);
 	madvise(ram, head.backing, MADV_NOHUGEPAGE);
 	if (head.huge_end > head.huge) make_huge();
@@ -132,8 +134,6 @@ static void load_memory(FILE *f, const uint8_t *stub)
 		read_exact(ram + gpa, 4096, f);
 	}
 	for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
-	memcpy(ram + RT, stub, 0x1000);
-	memcpy(ram + USER, stub + 0x1000, 0x1000);
 }
 
 static void make_vcpu(unsigned c, const void *cpuid)
@@ -159,10 +159,10 @@ static void make_vcpu(unsigned c, const void *cpuid)
 }
 
 // Was the way out the expected one? If not, the guest ran something that is not its stub (a stale or damaged page) and the case is worthless from here on.
-static int tame(const struct op *o, const struct kvm_regs *g)
+static int tame(const struct op *o, const struct kvm_regs *g, uint64_t cr2)
 {
 	const uint64_t *top = (const void *)(ram + RT + (g->rsp & 0xff8));
-	if (g->rip == head.pf_entry + 1) return top[1] == o->rip || (o->op == FETCH && top[1] == o->addr);
+	if (g->rip == head.pf_entry + 1) return top[1] == o->rip || (o->op == FETCH && top[1] == o->addr && cr2 == o->addr);
 	if (g->rip == head.gp_entry + 1) return top[1] == o->rip;
 	if (o->op == FETCH) return g->rip == RT + 1 && g->rcx == o->addr + 2;
 	return o->cpl ? g->rip == RT + 1 && g->rcx == o->end + 2 : g->rip == o->end + 1;
@@ -196,7 +196,7 @@ static void enter(const struct op *o, struct result *res)
 	CHECK(ioctl(vcpu[c], KVM_GET_REGS, &g));
 	CHECK(ioctl(vcpu[c], KVM_GET_SREGS, &r));
 	if (run[c]->exit_reason != KVM_EXIT_HLT) { res->status = STOPPED; res->err = run[c]->exit_reason; return; }
-	if (!tame(o, &g)) { res->status = STOPPED; res->err = 0x3000; res->addr = g.rip; return; }
+	if (!tame(o, &g, r.cr2)) { res->status = STOPPED; res->err = 0x3000; res->addr = g.rip; return; }
 	const uint64_t *top = (const void *)(ram + RT + (g.rsp & 0xff8));
 	if (g.rip == head.pf_entry + 1) { res->status = PAGE_FAULT; res->err = top[0]; res->addr = r.cr2; }
 	else if (g.rip == head.gp_entry + 1) { res->status = GP; res->err = top[0]; }
@@ -219,28 +219,25 @@ static void host(const struct op *o, struct result *res)
 		for (unsigned b = 0; b < sizeof bitmap; b++) res->value += __builtin_popcount(bitmap[b]);
 		break;
 	}
-	default: puts("bad op"); exit(1);
+	default: fail("unknown host action");
 	}
 }
 
 int main(int argc, char **argv)
 {
-	static uint8_t stub[0x2000];
-	FILE *f = fopen("/stub.bin", "rb");
-	if (!f) { perror("stub"); return 1; }
-	read_exact(stub, sizeof stub, f);
-	fclose(f);
-	f = argc > 1 ? fopen(argv[1], "rb") : 0;
-	if (!f) { perror("case"); return 1; }
+	FILE *f = argc > 1 ? fopen(argv[1], "rb") : 0;
+	if (!f) fail("no case");
 	int trace = argc > 2;
 	read_exact(&head, sizeof head, f);
-	if (head.magic != MAGIC) { puts("bad case"); return 1; }
+	if (head.magic != MAGIC) fail("no case of this version");
 	signal(SIGALRM, on_alarm);
 	kvm = CHECK(open("/dev/kvm", O_RDWR));
 	vm = CHECK(ioctl(kvm, KVM_CREATE_VM, 0));
-	load_memory(f, stub);
+	load_memory(f);
 	static struct { struct kvm_cpuid2 c; struct kvm_cpuid_entry2 e[128]; } cpuid = { .c.nent = 128 };
 	CHECK(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
+	for (unsigned i = 0; head.phys_bits && i < cpuid.c.nent; i++)
+		if (cpuid.e[i].function == 0x80000008) cpuid.e[i].eax = (cpuid.e[i].eax & ~0xffu) | (uint32_t)head.phys_bits;
 	vmstat = load_stats(vm, &vmdef);
 	for (unsigned c = 0; c < head.vcpus; c++) make_vcpu(c, &cpuid);
 	int mark = -1;

@@ -1,0 +1,102 @@
+"""The small system that QEMU boots: an archive of the harness, KVM's modules and the cases. Written without cpio."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import stat
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from shadowkvm.errors import ShadowKvmError
+from shadowkvm.kvm.layout import HARNESS
+
+__all__ = ["MODULES", "archive", "compile_harness", "module_file", "system"]
+
+MODULES: Final = ("virt/lib/irqbypass", "drivers/crypto/ccp/ccp", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd")
+"""In the order in which they are loaded."""
+
+INIT: Final = """#!/bin/busybox sh
+B=/bin/busybox
+$B mount -t proc p /proc; $B mount -t sysfs s /sys
+$B mount -t devtmpfs d /dev; $B mount -t tracefs t /sys/kernel/tracing
+cd /mods; for m in irqbypass ccp kvm; do $B insmod $m.ko; done; $B insmod kvm-amd.ko npt=0
+T=/sys/kernel/tracing/trace
+for c in /cases/*; do
+  echo "CASE $c"; /bin/replay $c {trace}
+  if [ -n "{trace}" ]; then $B cat $T; echo > $T; fi
+done > /dev/ttyS1 2>&1
+$B poweroff -f
+"""
+
+
+def compile_harness(target: Path) -> None:
+    """Build the replay program.
+
+    Raises:
+        ShadowKvmError: gcc is missing or refuses.
+    """
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        raise ShadowKvmError("gcc is missing; see: shadowkvm doctor")
+    command = [gcc, "-O1", "-static", "-o", str(target), str(HARNESS / "replay.c")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise ShadowKvmError(f"the harness does not compile (see: shadowkvm doctor):\n{done.stderr.strip()}")
+
+
+def module_file(root: Path, version: str, name: str) -> Path | None:
+    """The file of a kernel module, as it is or in xz."""
+    for suffix in (".ko", ".ko.xz"):
+        path = root / "lib/modules" / version / "kernel" / f"{name}{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+def _entry(inode: int, name: str, mode: int, data: bytes = b"") -> bytes:
+    """One file of an archive in the newc format."""
+    raw = name.encode() + b"\0"
+    numbers = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(raw), 0)
+    head = b"070701" + b"".join(b"%08X" % n for n in numbers) + raw
+    return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+
+
+def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
+    """A gzipped newc archive of files (permissions, content) and of the folders that they lie in."""
+    out: list[bytes] = []
+    folders = {str(p) for name in files for p in Path(name).parents} - {"."}
+    for name in sorted(folders | {"proc", "sys", "dev"}):
+        out.append(_entry(len(out) + 1, name, stat.S_IFDIR | 0o755))
+    for name, (permissions, data) in files.items():
+        out.append(_entry(len(out) + 1, name, stat.S_IFREG | permissions, data))
+    out.append(_entry(0, "TRAILER!!!", 0))
+    return gzip.compress(b"".join(out), 1)
+
+
+def system(root: Path, version: str, replay: Path, cases: Sequence[bytes], *, trace: bool) -> bytes:
+    """The archive that runs these cases one after the other.
+
+    Args:
+        root: where /boot and /lib/modules are.
+        version: of the kernel.
+        replay: the compiled harness.
+        cases: as `wire.case_bytes` makes them.
+        trace: record tracepoints.
+    """
+    files = {
+        "init": (0o755, INIT.format(trace="t" if trace else "").encode()),
+        "bin/busybox": (0o755, Path(shutil.which("busybox") or "/bin/busybox").read_bytes()),
+        "bin/replay": (0o755, replay.read_bytes()),
+    }
+    for name in MODULES:
+        path = module_file(root, version, name)
+        if path is None:
+            raise ShadowKvmError(f"module {name} of kernel {version} is missing; see: shadowkvm doctor")
+        data = path.read_bytes()
+        files[f"mods/{Path(name).name}.ko"] = (0o644, lzma.decompress(data) if path.suffix == ".xz" else data)
+    files.update({f"cases/{i:05d}": (0o644, data) for i, data in enumerate(cases)})
+    return archive(files)

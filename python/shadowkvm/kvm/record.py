@@ -1,0 +1,97 @@
+"""Records cases: every case is run twice, and what a host's whim has changed is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from shadowkvm.kvm.case import Answer, Case
+from shadowkvm.kvm.generate import generate
+
+__all__ = ["Backend", "batches", "record", "record_random", "usable"]
+
+
+class Backend(Protocol):
+    """Somebody who knows what KVM does."""
+
+    name: str
+    profile: str
+    batch: int
+    kernel: str
+
+    def about(self) -> dict[str, str]:
+        """What to note beside answers."""
+
+    def ask(self, cases: Sequence[Case], *, trace: bool = False) -> list[tuple[list[Answer], list[list[str]]]]:
+        """Answers and events, case by case."""
+
+
+def usable(answers: Sequence[Answer]) -> tuple[int, str]:
+    """How many answers can be kept, and why not more."""
+    for i, a in enumerate(answers):
+        if a.status == "stopped":
+            return i, f"the guest stopped ({a.error_code:#x})"
+        if a.counters.get("insn_emulation_fail"):
+            return i, "KVM could not emulate"
+    return len(answers), ""
+
+
+def steady(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[int, str]:
+    """How many answers of two runs can be kept, and why not more."""
+    n, why = usable(first)
+    for i in range(n):
+        if i >= len(second) or first[i] != second[i]:
+            return i, "two runs differ: the host rescheduled"
+    return n, why
+
+
+def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
+    """The cases in groups."""
+    group: list[Case] = []
+    for case in cases:
+        group.append(case)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def record(backend: Backend, cases: Sequence[Case], log: Callable[[str], None] | None = None) -> list[Case]:
+    """The cases with KVM's answers, each cut where the recording stops being worth anything.
+
+    Args:
+        backend: who is asked.
+        cases: what; they go into one boot.
+        log: told of every case that is cut.
+    """
+    results = backend.ask([c for c in cases for _ in range(2)])
+    out = []
+    for i, case in enumerate(cases):
+        first = results[2 * i][0]
+        n, why = steady(first, results[2 * i + 1][0])
+        if n < len(case.ops) and log:
+            log(f"{case.title}: {n} of {len(case.ops)} operations; {why or 'no answer'}")
+        kernel, profile = backend.kernel, backend.profile
+        out.append(replace(case, ops=case.ops[:n], answers=first[:n], kernel=kernel, profile=profile))
+    return out
+
+
+def record_random(
+    backend: Backend,
+    cases: int,
+    ops: int,
+    seed: int,
+    *,
+    least: float = 0.8,
+    log: Callable[[str], None] | None = None,
+) -> list[Case]:
+    """Random cases from this seed on, recorded; one that keeps less than the share `least` is left out for the next."""
+    kept: list[Case] = []
+    while len(kept) < cases:
+        n = min(max(1, backend.batch // 2), cases - len(kept))
+        made = [generate(s, ops) for s in range(seed, seed + n)]
+        seed += n
+        kept += [c for c in record(backend, made, log) if len(c.ops) >= least * ops]
+    return kept
