@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path, name: str, columns: bool) -> No
     cases = [answered(generate(seed, 60)) for seed in range(5)]
     cases.append(replace(cases[0], answers=None, name="no answers", shows="nothing", ops=[]))
     save(tmp_path / name, cases, columns=columns, meta={"kernel": "6.1.0-test"})
-    assert load(tmp_path / name) == cases[:5] + [replace(cases[5], kernel="6.1.0-test")]
+    assert load(tmp_path / name) == [*cases[:5], replace(cases[5], kernel="6.1.0-test")]
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -94,15 +94,9 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_a_bad_case_is_refused_with_the_place(tmp_path: Path, change: dict, message: str) -> None:
-    case: dict = {
-        "memory": 1 << 20,
-        "cr3": 0x10000,
-        "slots": [[0, 0, 1 << 20, 0]],
-        "pages": {},
-        "ops": [{"op": "read"}],
-    }
-    whole = {"schema": change.pop("schema", "shadowkvm.case/1") if "schema" in change else "shadowkvm.case/1"}
-    case.update(change)
+    case = {"memory": 1 << 20, "cr3": 0x10000, "slots": [[0, 0, 1 << 20, 0]], "pages": {}, "ops": [{"op": "read"}]}
+    whole = {"schema": change.get("schema", "shadowkvm.case/1")}
+    case.update({k: v for k, v in change.items() if k != "schema"})
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({**whole, "cases": [case]}))
     with pytest.raises(TraceError, match=message) as caught:
