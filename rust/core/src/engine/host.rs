@@ -90,11 +90,14 @@ impl Vm {
             return Ok(());
         }
         memslot.set_dirty_log(on);
+        let readonly = memslot.readonly;
         let heads: Vec<_> = memslot.rmaps().map(|(_, _, head)| head).collect();
         // A change of flags is a new generation, so MMIO entries become stale (11.5 of the specification).
         self.shadow.memory.generation += crate::config::ADDRESS_SPACES;
         let mut flush = self.shadow.memslots_changed();
-        if on {
+        if readonly {
+            // kvm_mmu_slot_apply_flags (6.1) leaves a read-only slot alone: nothing in it is writable or gets dirty.
+        } else if on {
             for head in heads {
                 self.shadow.write_protect_list(head, false);
             }
