@@ -82,7 +82,7 @@ NEEDED: Final = (
     "kvm_emulate_insn",
     "kvm_inj_exception",
     "mark_mmio_spte",
-    "handle_mmio_page_fault",
+    "check_mmio_spte",
 )
 """The events without which the exits cannot be told apart."""
 
@@ -90,6 +90,7 @@ _DIRECT, _INVALID, _LEVEL = 1 << 7, 1 << 11, 15  # of the role's word
 _NEW = 2  # of kvm_mmu_get_page's flag
 _FRAME: Final = np.uint64(0x000F_FFFF_FFFF_F000)
 _PF_VECTOR = 14
+_WRITE_BIT, _USER_BIT, _RESERVED, _FETCH_BIT = 2, 4, 8, 16  # of an error code
 
 
 class Faults(NamedTuple):
@@ -159,26 +160,39 @@ def read_faults(events: NDArray[np.void], tables: Tables) -> Faults:
     code = faults["code"]
     gfn = _leaf_frames(events, segments)
     level = _table_levels(events, segments.start, gfn, tables)
-    access = np.select([code & 16 != 0, code & 2 != 0], [int(Access.FETCH), int(Access.WRITE)], int(Access.READ))
+    access = np.select(
+        [code & _FETCH_BIT != 0, code & _WRITE_BIT != 0], [int(Access.FETCH), int(Access.WRITE)], int(Access.READ)
+    )
     kernel = faults["b"] >> np.uint64(63) != 0
     place = 2 * kernel + (access != Access.FETCH)
-    device = segments.has("handle_mmio_page_fault") | segments.has("mark_mmio_spte")
+    device = _mmio(events, segments)
     return Faults(
         op=faults["op"],
-        user=code & 4 != 0,
+        user=code & _USER_BIT != 0,
         access=access.astype(np.int64),
-        result=_results(events, segments),
-        kind=np.select([device, level > 0], [int(Kind.DEVICE), int(Kind.TABLE_1) - 1 + level], place).astype(np.int64),
+        result=_results(events, segments, device),
+        kind=np.select(
+            [device | segments.has("mark_mmio_spte"), level > 0],
+            [int(Kind.DEVICE), int(Kind.TABLE_1) - 1 + level],
+            place,
+        ).astype(np.int64),
         unsync=segments.count(segments.kind == _UNSYNC),
         gfn=gfn,
     )
 
 
-def _results(events: NDArray[np.void], segments: _Segments) -> NDArray[np.int64]:
+def _mmio(events: NDArray[np.void], segments: _Segments) -> NDArray[np.bool_]:
+    """Exits that an MMIO entry answered: reserved bits in the shadow, and the entry was not of an old generation."""
+    stale = (segments.kind == _CODE["check_mmio_spte"]) & (events["b"] != events["c"])
+    out: NDArray[np.bool_] = (events["code"][segments.start] & _RESERVED != 0) & (segments.count(stale) == 0)
+    return out
+
+
+def _results(events: NDArray[np.void], segments: _Segments, mmio: NDArray[np.bool_]) -> NDArray[np.int64]:
     injected = (segments.kind == _CODE["kvm_inj_exception"]) & (events["level"] == _PF_VECTOR)
     return np.select(
         [
-            segments.has("handle_mmio_page_fault"),
+            mmio,
             # An emulated store may end in a guest fault of its own: it was emulated first.
             segments.has("kvm_emulate_insn"),
             segments.count(injected) > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from numpy.typing import NDArray
 
@@ -161,12 +161,16 @@ class Vm(_Vm):
         """Allow ``n`` shadow pages, at least 64 (``KVM_SET_NR_MMU_PAGES``); the oldest go if there are more now."""
         super().set_page_quota(integer("quota", n))
 
-    def write_memory(self, gpa: int, data: Buffer) -> None:
+    def write_memory(self, gpa: int, data: Buffer | NDArray[Any]) -> None:
         """The host's own store to guest memory: no fault, no write tracking, shadow entries stay as they are.
+
+        ``data`` is bytes, or anything that has some (a NumPy array: its content, row by row).
 
         Raises:
             GuestMemoryError: some byte is in no memslot (``gpa``); nothing was written.
         """
+        if not isinstance(data, bytes):
+            data = memoryview(cast("Buffer", data)).tobytes()
         super().write_memory(integer("gpa", gpa), data)
 
     def read_memory(self, gpa: int, size: int) -> bytes:
