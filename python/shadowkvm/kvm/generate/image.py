@@ -76,7 +76,7 @@ class Image:
             reserved=low(0.05),
             absent=r.uniform(0.01, 0.15),
             table=r.uniform(0.05, 0.5),
-            device=0.3 if self.theme == "mmio" else low(0.15),
+            device=0.3 if self.theme in ("mmio", "devices") else low(0.15),
             large=r.uniform(0.2, 0.7) if self.theme == "huge" else low(0.3),
             cross_level=low(0.2),
             invlpg=r.choice([0, 0.3, 0.7, 1]),
@@ -84,7 +84,9 @@ class Image:
             locked=low(0.3),
             identity_user=r.choice([0, 0, 0.3, 1]),
         )
-        self.kinds = self.theme == "instructions" or r.random() < 0.15  # other instructions than MOV and locked OR
+        self.kinds = (
+            self.theme in ("instructions", "devices") or r.random() < 0.15
+        )  # other instructions than MOV and locked OR
         self.efer_changes = r.random() < (0.7 if self.theme == "control" else 0.2)
         self.memory_bytes = r.choice([8, 8, 16, 32] if self.theme != "quota" else [8]) * MB
         self.huge = (
@@ -102,8 +104,9 @@ class Image:
     def _lay_out(self) -> None:
         r, mem = self.r, self.mem
         mem.slots[0] = (0, self.memory_bytes >> 12, 0)
-        if r.random() < 0.5 or self.theme == "readonly":
-            mem.slots[1] = (64 * MB >> 12, r.choice([16, 64, 512]), READONLY * (self.theme == "readonly"))
+        rom = self.theme in ("readonly", "devices")
+        if r.random() < 0.5 or rom:
+            mem.slots[1] = (64 * MB >> 12, r.choice([16, 64, 512]), READONLY * rom)
         stub = self._choose_frames(full=self.theme == "quota")
         self._choose_indices(full=self.theme == "quota")
         self.cpus = [
@@ -148,7 +151,7 @@ class Image:
         stub = {level: take(n) for level, n in ways.items()}
         self.tables = {4: list(self.roots), **{level: stub[level] + take(n) for level, n in others.items()}}
         rom: list[int] = []
-        if self.theme == "readonly":
+        if self.theme in ("readonly", "devices"):
             rom = [(64 * MB >> 12) + i for i in range(6)]
             for g in rom[:4]:
                 self.tables[r.choice([1, 1, 2])].append(g)

@@ -178,7 +178,9 @@ class Generator(World):
         for _ in range(r.randint(1, 4)):
             x = r.random()
             cpl = self.user(va, write=x >= 0.5)
-            if x < 0.5:
+            if self.kinds and r.random() < 0.3:
+                self.odd_instruction(va, cpl)
+            elif x < 0.5:
                 self.read(va | r.choice([0, 8, 0x10, 0x7FC, 0xFFE]), cpl)
             elif x < 0.9:
                 self.store(va | r.choice([8, 0x10, 0x7FC]), r.randbytes(r.choice([1, 2, 4, 8])), cpl)
@@ -186,6 +188,24 @@ class Generator(World):
                 self.emit("or", addr=va | 0x20, value=r.getrandbits(20), cpl=cpl)
         if r.random() < 0.3:
             self.after_edit()
+
+    def odd_instruction(self, va: int, cpl: int) -> None:
+        """One that is no plain MOV, to where no memory is, or none that can be written."""
+        r, value = self.r, self.r.getrandbits(30) << 1
+        kinds = ["rep", "rep", "stos", "movnti", "cmpxchg", "xchg", "add", "cross", *(["push"] if cpl else [])]
+        kind = r.choice(kinds)
+        if kind == "rep":
+            self.emit("rep", addr=va | r.choice([0x200, 0xFE8]), value=r.choice([1, 2, 3, 8]), expected=value, cpl=cpl)
+        elif kind == "stos":
+            self.emit("stos", addr=va | 0x40, expected=value, size=r.choice([4, 8]), cpl=cpl)
+        elif kind == "cmpxchg":
+            expected = r.choice([0, (1 << 64) - 1, value])
+            self.emit("cmpxchg", addr=va | 0x48, value=value, expected=expected, cpl=cpl)
+        elif kind == "cross":
+            self.emit(r.choice(["read", "write", "or"]), addr=va | 0xFFE, value=0, size=r.choice([4, 8]), cpl=cpl)
+        else:
+            size = 8 if kind == "push" else r.choice([4, 8])
+            self.emit(kind, addr=va | 0x50, value=value, size=size, cpl=cpl)
 
     def step_scan(self) -> None:
         """Page after page is touched."""
@@ -351,8 +371,10 @@ class Generator(World):
         self.working = [*self.working[-11:], va]
         for _ in range(r.randint(1, 3)):
             x = r.random()
-            if x < 0.5:
+            if x < 0.45:
                 self.read(va | r.choice([0, 8, 0x100]))
+            elif x < 0.6 and self.kinds:
+                self.odd_instruction(va, self.user(va, write=True))
             elif x < 0.8:
                 self.write_through(va)
             else:

@@ -47,6 +47,7 @@ THEMES: Final[dict[str, dict[str, float]]] = {
     "huge": {"access": 45, "dirty": 2, "slots": 0.3, "reuse": 2, "quota": 0.3},
     "readonly": {"rom": 20, "access": 40, "mmio": 4, "slots": 0.4, "host": 3},
     "vcpus": {"edit": 40, "invlpg": 8, "cr3": 8, "flood": 3, "unmap": 0.5, "quota": 0.3},
+    "devices": {"mmio": 20, "rom": 10, "edit": 15, "slots": 0.5, "cross": 4},
     "partial": {"edit": 45, "cross": 12, "flood": 5, "alias_edit": 15},
 }
 """What a theme takes more often; a seed's theme is its remainder."""
