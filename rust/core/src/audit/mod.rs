@@ -41,8 +41,9 @@ impl Vm {
     ///   parent and child fit. Root counts are those of the vCPUs' roots.
     /// * Lists: table pointers and parent lists match both ways, so do leaves and reverse maps; the sets of used entries
     ///   are right.
-    /// * Unsync: only last-level pages are; each is marked in all parents up to the roots. Marks that lead to no unsync
-    ///   page are KVM's laziness and allowed; the count of marks must be the number of bits.
+    /// * Unsync: only last-level pages are, of frames that are nothing but last-level tables; each is marked in all
+    ///   parents up to the roots. Marks that lead to no unsync page are KVM's laziness and allowed; the count of marks
+    ///   must be the number of bits.
     /// * Counts: write tracking and forbidden large pages per frame, `pages_*`, `mmu_unsync`, `nx_lpage_splits`, used
     ///   pages, pages with guest tables.
     /// * Leaves: inside one memslot; over the frame's own host page, in a state that allows it; W only with the marks

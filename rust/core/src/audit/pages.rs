@@ -5,8 +5,8 @@ use crate::bits::PT_ADDR;
 use crate::cpu::CpuRole;
 use crate::shadow::page::{Bitmap, bits};
 use crate::shadow::spte::Spte;
-use crate::types::{ENTRIES, PageId, SptePos};
-use rustc_hash::FxHashMap;
+use crate::types::{ENTRIES, Gfn, Level, PageId, SptePos};
+use rustc_hash::{FxHashMap, FxHashSet};
 
 impl Audit<'_> {
     /// The hash chains and the active list hold the right pages, once, and agree on who is older.
@@ -186,8 +186,12 @@ impl Audit<'_> {
         }
     }
 
-    /// Unsync pages are marked on all ways up to the roots (`mmu_mark_parents_unsync`, 6.1).
+    /// Unsync pages are marked on all ways up to the roots (`mmu_mark_parents_unsync`, 6.1), and are of frames that are
+    /// tables of level 1 only: making an upper-level page of the frame zaps them (`kvm_mmu_get_page`, 6.1).
     pub(super) fn check_unsync(&mut self) {
+        let arena = &self.shadow.arena;
+        let upper = |id: &&PageId| self.is_valid(**id) && arena[**id].has_gptes() && arena[**id].level() > Level::PT;
+        let tracked: FxHashSet<Gfn> = self.live.iter().filter(upper).map(|id| arena[*id].gfn).collect();
         for id in self.live.clone() {
             let page = &self.shadow.arena[id];
             let marks: u32 = page.unsync_bitmap.iter().map(|word| word.count_ones()).sum();
@@ -195,6 +199,8 @@ impl Audit<'_> {
             self.expect(noted == marks, |a| format!("{} counts {noted} unsync entries but marks {marks}", a.name(id)));
             let can_lag = page.level().0 == 1 && page.has_gptes();
             self.expect(!page.unsync || can_lag, |a| format!("{} is unsync, which its kind never is", a.name(id)));
+            let free = !page.unsync || !tracked.contains(&page.gfn);
+            self.expect(free, |a| format!("{} is unsync, but its frame is a table of an upper level too", a.name(id)));
             if !page.unsync && page.unsync_children == 0 {
                 continue;
             }

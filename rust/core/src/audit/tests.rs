@@ -92,6 +92,7 @@ fn broken_marks_are_found() {
     finds(|vm| vm.shadow.arena[TABLE].unsync = true, "is unsync, but entry");
     finds(|vm| vm.shadow.arena[ROOT].unsync_children += 1, "counts 2 unsync entries but marks 1");
     finds(|vm| vm.shadow.arena[ROOT].unsync = true, "is unsync, which its kind never is");
+    finds(|vm| vm.shadow.arena[DIRECTORY].gfn = Gfn(5), "its frame is a table of an upper level too");
     let forget = |vm: &mut Vm| {
         vm.shadow.arena[ROOT].unsync_bitmap[0] = 0;
         vm.shadow.arena[ROOT].unsync_children = 0;
