@@ -79,18 +79,28 @@ impl Vm {
 impl Ctx<'_> {
     fn run_insn(&mut self, insn: &Insn) -> Outcome {
         let mut at = *insn;
-        // Elements that were stored already count as progress, so a long REP may fault more often.
-        for _ in 0..MAX_RESUMES + insn.repeat {
+        let mut device = None;
+        // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
+        for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
             if !self.enter() {
                 return Outcome::of(Status::Shutdown);
             }
             match self.run_on_cpu(&mut at) {
-                Ok(value) => return Outcome::done(value),
+                Ok(value) => {
+                    return device
+                        .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
+                }
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
                 Err(Trap::Fault { gva, code, operand }) => {
                     let who = if operand { at } else { fetch_of(&at, gva) };
-                    if let After::Finished(outcome) = self.handle_page_fault(&who, gva, code) {
-                        return self.finish(&who, outcome);
+                    match self.handle_page_fault(&who, gva, code) {
+                        After::Resume => {}
+                        // The emulator leaves RIP at a REP, even at one that it carried out to the end.
+                        After::Stored(elements, gpa) => {
+                            at = at.element(elements);
+                            device = device.or(gpa);
+                        }
+                        After::Finished(outcome) => return self.leave(outcome),
                     }
                 }
             }
@@ -105,19 +115,6 @@ impl Ctx<'_> {
             _ if self.enter() => outcome,
             _ => Outcome::of(Status::Shutdown),
         }
-    }
-
-    /// The emulator leaves RIP at a REP that it carried out, so that the CPU runs it once more with nothing left.
-    fn finish(&mut self, insn: &Insn, outcome: Outcome) -> Outcome {
-        let left = self.leave(outcome);
-        if insn.rep
-            && matches!(left.status, Status::Done | Status::Mmio)
-            && let Some(rip) = insn.rip
-            && let Err(fault) = self.fetch_insn(rip, insn.user)
-        {
-            return fault;
-        }
-        left
     }
 
     /// Fetches an instruction through the shadow, exits handled, until the CPU has it. For instructions without a

@@ -29,6 +29,8 @@ enum Operand {
 struct Effect {
     value: u64,
     mmio: Option<u64>,
+    /// Elements of a REP that were stored.
+    elements: u32,
     /// A locked exchange met another value than its read: the instruction runs again.
     again: bool,
 }
@@ -47,6 +49,10 @@ impl Ctx<'_> {
         }
         match self.execute(insn) {
             Ok(effect) if effect.again => After::Resume,
+            Ok(effect) if insn.rep => {
+                self.vcpu.counters.mmio_exits += u64::from(effect.mmio.is_some());
+                After::Stored(effect.elements, effect.mmio)
+            }
             Ok(Effect { value, mmio: Some(gpa), .. }) => {
                 self.vcpu.counters.mmio_exits += 1;
                 After::Finished(Outcome { status: Status::Mmio, value, error_code: 0, address: gpa })
@@ -128,10 +134,12 @@ impl Ctx<'_> {
         let mut effect = Effect::default();
         match insn.action {
             Action::Load | Action::Fetch => self.emulated_read(insn, &mut effect)?,
-            // REP: every element that is left, one after the other, in this one exit.
+            // REP: every element that is left, one after the other, in this one exit. One that goes to a device ends
+            // the exit; its completion in user space enters the guest at the same RIP.
             Action::Store => {
-                for element in 0..insn.repeat {
-                    self.emulated_write(&insn.element(element), insn.value, &mut effect)?;
+                while effect.elements < insn.repeat && effect.mmio.is_none() {
+                    self.emulated_write(&insn.element(effect.elements), insn.value, &mut effect)?;
+                    effect.elements += 1;
                 }
             }
             Action::Rmw(_) => {

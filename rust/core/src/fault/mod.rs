@@ -22,6 +22,9 @@ use insn::Insn;
 pub enum After {
     /// The guest runs the instruction again.
     Resume,
+    /// So many elements of a REP were carried out; the guest runs it again for the rest. The address of a device
+    /// that the last one went to.
+    Stored(u32, Option<u64>),
     /// The instruction is over.
     Finished(Outcome),
 }
