@@ -18,9 +18,8 @@ not KVM's.
 """
 COUNTERS = """`vm.counters`, `cpu.counters`. A cumulative counter only rises, an instant one says how many there are
 now, a peak is the greatest so far. Those of scope vcpu are summed over the vCPUs (of peaks the greatest)."""
-EVENTS = """`vm.events`: op, a, b, c, code, kind, vcpu, level, flag. `vm.event_text()` is the same in the kernel's text."""
-    """`vm.events` has fields op, a, b, c, code, kind, vcpu, level and flag; `vm.event_text()` is the kernel's text."""
-)
+EVENTS = """`vm.events` has the fields op, a, b, c, code, kind, vcpu, level, flag; `vm.event_text()` is the kernel's
+text."""
 FLAGS = """`shadowkvm.Flag`: bits of the field flags (SLOT_ADD has bits of its own). docs/recordings.md says when a
 recording has them."""
 OUTCOMES = """`outcome.status`; by its code in the array of `run(..., outcomes=True)`."""
