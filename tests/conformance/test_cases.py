@@ -1,4 +1,7 @@
-"""Random guests as real KVM ran them: every operation's outcome, value, error code, CR2 and counters must be KVM's."""
+"""Cases as real KVM ran them: every operation's outcome, value, error code, CR2 and counters must be KVM's.
+
+random-*: 215 random guests. directed: the scenarios of the corpus in the form of cases (tools/scenario_cases.py).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from shadowkvm.kvm import Case, compare, load
 from shadowkvm.kvm.generate import THEMES
 
 FILES = sorted((Path(__file__).parent / "data").glob("random-*.json.xz"))
+DIRECTED = FILES[0].parent / "directed.json.xz"
 PARTS = 16  # of each file: small enough to tell where it broke, large enough to read each file seldom
 cases = cache(load)
 
@@ -34,8 +38,15 @@ def test_every_kind_of_operation_and_outcome_is_there() -> None:
     assert any(slot.flags & 2 for case in whole for slot in case.slots)
 
 
+def test_directed_cases_say_what_they_show() -> None:
+    directed = cases(DIRECTED)
+    assert len(directed) >= 80
+    assert len({case.name for case in directed}) == len(directed)
+    assert all(case.name and case.shows for case in directed)
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name.partition(".")[0])
+@pytest.mark.parametrize("path", [*FILES, DIRECTED], ids=lambda path: path.name.partition(".")[0])
 def test_engine_does_what_kvm_did(path: Path, part: int) -> None:
     bad = [text for case in cases(path)[part::PARTS] if (text := difference(case))]
     if bad:
