@@ -130,9 +130,12 @@ def test_harness_output() -> None:
     assert first[0] == Answer("mmio", 0, 0xFF, 0xFE000010, [(0xFE000010, 4, 0), (0xFE000010, 4, 1)], {"pf_taken": 2})
     assert first[1] == Answer("page_fault", 7, 0, 0x400000, [], {"pages_4k": -12, "mmu_unsync": 1})
     assert (good, refused, ended) == ("", "no case", "the harness did not end")
-    assert usable(cut) == (0, "the guest stopped (0x2000)")
+    assert usable(cut, [Op("read")]) == (0, "the guest stopped (0x2000)")
     failed = [Answer(), Answer(counters={"insn_emulation_fail": 1})]
-    assert usable(failed) == (1, "KVM could not emulate")
+    assert usable(failed, [Op("read")] * 2) == (1, "KVM could not emulate")
+    twice = [Answer(counters={"insn_emulation": 2})]
+    assert usable(twice, [Op("read")]) == (1, "")
+    assert usable(twice, [Op("fetch")]) == (0, "the guest ran the bytes of another page")
 
 
 def test_harness_traces() -> None:
