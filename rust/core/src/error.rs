@@ -8,12 +8,14 @@ use thiserror::Error;
 #[error("{0}")]
 pub struct ConfigError(pub String);
 
-/// Host access to memory that no slot holds.
+/// Host access to memory that is not the VM's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("guest memory at {gpa:#x}: {size} bytes are not inside one memslot")]
+#[error("guest memory: nothing is at gpa {gpa:#x} ({size} bytes from {start:#x} on were asked for)")]
 pub struct MemoryError {
-    /// Where the access began.
+    /// The first address that could not be reached.
     pub gpa: Gpa,
+    /// Where the access began.
+    pub start: Gpa,
     /// How many bytes it wanted.
     pub size: u64,
 }

@@ -1,6 +1,7 @@
 //! The Python binding: `shadowkvm._core`. Conversions, the GIL, and nothing else; every rule is in `shadowkvm-core`.
 
 mod errors;
+mod number;
 mod tables;
 mod vcpu;
 mod vm;

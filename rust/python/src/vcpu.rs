@@ -1,6 +1,7 @@
 //! One vCPU: each method is one instruction of the guest.
 
 use crate::errors;
+use crate::number::{maybe_word, word};
 use crate::vm::Vm;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -75,13 +76,13 @@ impl Vcpu {
 struct How {
     user: bool,
     rip: Option<u64>,
-    length: u32,
+    length: u64,
     ac: bool,
     implicit: bool,
     delivery: bool,
 }
 
-fn access(action: Action, gva: u64, size: u32, how: How) -> PyResult<Insn> {
+fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
     let wide = size == 16 && matches!(action, Action::Store | Action::Load | Action::Rmw(RmwKind::Cmpxchg));
     if !(1..=8).contains(&size) && !wide {
         return Err(errors::refused(format!(
@@ -96,7 +97,7 @@ fn access(action: Action, gva: u64, size: u32, how: How) -> PyResult<Insn> {
 }
 
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
-const MAX_REPEAT: u32 = 1024;
+const MAX_REPEAT: u64 = 1024;
 
 fn store_kind(kind: &str) -> PyResult<bool> {
     match kind {
@@ -135,15 +136,23 @@ impl Vcpu {
         self.index
     }
 
+    /// A load of `size` bytes (1 to 8; 16 for SSE) at guest virtual address `gva`, at CPL 3 if `user`.
+    ///
+    /// Returns an Outcome; `value` is what was loaded (all ones from a device). A guest fault is a result. ConfigError:
+    /// a size that no instruction has.
+    ///
+    /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
+    /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
     #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn read(
         &self,
         py: Python<'_>,
-        gva: u64,
-        size: u32,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] size: u64,
         user: bool,
-        rip: Option<u64>,
-        length: u32,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+        #[pyo3(from_py_with = word)] length: u64,
         ac: bool,
         implicit: bool,
         delivery: bool,
@@ -151,17 +160,25 @@ impl Vcpu {
         self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery })?)
     }
 
+    /// A store of the low `size` bytes of `value` at guest virtual address `gva`, at CPL 3 if `user`.
+    ///
+    /// `kind`: "mov" counts as writing page tables; "push", "stos", "movs" and "sse" do not, and KVM first tries them with the
+    /// page no longer shadowed.
+    ///
+    /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
+    /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
     #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn write(
         &self,
         py: Python<'_>,
-        gva: u64,
-        value: u64,
-        size: u32,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = word)] size: u64,
         user: bool,
         kind: &str,
-        rip: Option<u64>,
-        length: u32,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+        #[pyo3(from_py_with = word)] length: u64,
         ac: bool,
         implicit: bool,
         delivery: bool,
@@ -170,19 +187,22 @@ impl Vcpu {
         self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
     }
 
+    /// A read-modify-write: "or", "and", "xor", "add", "xchg" or "cmpxchg" with `operand`; `value` is what was there.
+    ///
+    /// `expected`: what cmpxchg compares with (None: it finds what it expects). `locked`: with a LOCK prefix.
     #[pyo3(signature = (gva, operand, kind="or", size=8, user=false, *, expected=None, locked=true, rip=None, length=1, ac=false))]
     fn rmw(
         &self,
         py: Python<'_>,
-        gva: u64,
-        operand: u64,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] operand: u64,
         kind: &str,
-        size: u32,
+        #[pyo3(from_py_with = word)] size: u64,
         user: bool,
-        expected: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] expected: Option<u64>,
         locked: bool,
-        rip: Option<u64>,
-        length: u32,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+        #[pyo3(from_py_with = word)] length: u64,
         ac: bool,
     ) -> PyResult<Outcome> {
         let (kind, writes_tables) = rmw_kind(kind)?;
@@ -192,22 +212,31 @@ impl Vcpu {
         self.run(py, &Insn { value: operand, expected, locked, writes_tables, ..insn })
     }
 
+    /// An instruction fetch at guest virtual address `gva`, at CPL 3 if `user`.
     #[pyo3(signature = (gva, user=false, *, rip=None, ac=false))]
-    fn fetch(&self, py: Python<'_>, gva: u64, user: bool, rip: Option<u64>, ac: bool) -> PyResult<Outcome> {
+    fn fetch(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] gva: u64,
+        user: bool,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+        ac: bool,
+    ) -> PyResult<Outcome> {
         let how = How { user, rip, length: 1, ac, implicit: false, delivery: false };
         self.run(py, &access(Action::Fetch, gva, 1, how)?)
     }
 
+    /// REP STOS: `count` elements (at most 1,024) of `size` bytes from `gva` upwards.
     #[pyo3(signature = (gva, value, count, size=8, user=false, *, rip=None))]
     fn rep_stos(
         &self,
         py: Python<'_>,
-        gva: u64,
-        value: u64,
-        count: u32,
-        size: u32,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = word)] count: u64,
+        #[pyo3(from_py_with = word)] size: u64,
         user: bool,
-        rip: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
         let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
         let insn = access(Action::Store, gva, size, how)?;
@@ -216,41 +245,73 @@ impl Vcpu {
                 "rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8"
             )));
         }
-        self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count, ..insn })
+        self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count as u32, ..insn })
     }
 
+    /// MOV to CR0. A value that the CPU or the engine does not take is the guest's #GP.
     #[pyo3(signature = (value, *, rip=None))]
-    fn load_cr0(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+    fn load_cr0(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
         self.control(py, Control::Cr0(value), rip)
     }
 
+    /// MOV to CR3: another address space, or a flush of this one; unsync tables are brought back in step.
     #[pyo3(signature = (value, *, rip=None))]
-    fn load_cr3(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+    fn load_cr3(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
         self.control(py, Control::Cr3(value), rip)
     }
 
+    /// MOV to CR4, as `load_cr0`.
     #[pyo3(signature = (value, *, rip=None))]
-    fn load_cr4(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+    fn load_cr4(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
         self.control(py, Control::Cr4(value), rip)
     }
 
+    /// WRMSR to EFER, as `load_cr0`.
     #[pyo3(signature = (value, *, rip=None))]
-    fn wrmsr_efer(&self, py: Python<'_>, value: u64, rip: Option<u64>) -> PyResult<Outcome> {
+    fn wrmsr_efer(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
         self.control(py, Control::Efer(value), rip)
     }
 
+    /// INVLPG of the page of `gva`.
     #[pyo3(signature = (gva, *, rip=None))]
-    fn invlpg(&self, py: Python<'_>, gva: u64, rip: Option<u64>) -> PyResult<Outcome> {
+    fn invlpg(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
         self.control(py, Control::Invlpg(gva), rip)
     }
 
+    /// HLT: an exit, and the instruction is skipped.
     #[pyo3(signature = (rip=None))]
-    fn hlt(&self, py: Python<'_>, rip: Option<u64>) -> PyResult<Outcome> {
+    fn hlt(&self, py: Python<'_>, #[pyo3(from_py_with = maybe_word)] rip: Option<u64>) -> PyResult<Outcome> {
         self.control(py, Control::Hlt, rip)
     }
 
+    /// IN or OUT: an exit to user space.
     #[pyo3(signature = (rip=None))]
-    fn io(&self, py: Python<'_>, rip: Option<u64>) -> PyResult<Outcome> {
+    fn io(&self, py: Python<'_>, #[pyo3(from_py_with = maybe_word)] rip: Option<u64>) -> PyResult<Outcome> {
         self.control(py, Control::Io, rip)
     }
 
@@ -259,10 +320,10 @@ impl Vcpu {
     fn set_sregs(
         &self,
         py: Python<'_>,
-        cr0: Option<u64>,
-        cr3: Option<u64>,
-        cr4: Option<u64>,
-        efer: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] cr0: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] cr3: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] cr4: Option<u64>,
+        #[pyo3(from_py_with = maybe_word)] efer: Option<u64>,
     ) -> PyResult<()> {
         let mut vm = self.vm.try_borrow_mut(py)?;
         let old = vm.engine.vcpus()[self.index].regs;

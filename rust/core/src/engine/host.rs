@@ -174,15 +174,15 @@ impl Vm {
 
     /// Whether every page of a range is the VM's: in a slot, or in the memory that it was made with.
     fn check_memory(&self, gpa: Gpa, size: u64) -> Result<(), MemoryError> {
-        let refused = MemoryError { gpa, size };
-        let end = gpa.0.checked_add(size).ok_or_else(|| refused.clone())?;
+        let refused = |at| MemoryError { gpa: Gpa(at), start: gpa, size };
+        let end = gpa.0.checked_add(size).ok_or_else(|| refused(gpa.0))?;
         let mut at = gpa.0;
         while at < end {
             let gfn = Gpa(at).gfn();
             at = match self.shadow.memory.slot(gfn) {
                 Some(slot) => (slot.base.0 + slot.pages) * PAGE_SIZE,
                 None if self.shadow.memory.host.populated(gfn) => (gfn.0 + 1) * PAGE_SIZE,
-                None => return Err(refused),
+                None => return Err(refused(at)),
             };
         }
         Ok(())

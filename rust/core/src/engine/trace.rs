@@ -208,6 +208,9 @@ fn plain_of(row: &Row, options: &RunOptions<'_>) -> Option<Plain> {
     })
 }
 
+/// Every flag of an access.
+const FLAGS: u8 = FLAG_USER | FLAG_AC | FLAG_MMIO | FLAG_IMPLICIT | FLAG_DELIVERY | FLAG_KEEP | FLAG_FAULTS;
+
 const fn action_of(op: OpCode) -> Option<Action> {
     Some(match op {
         OpCode::Read => Action::Load,
@@ -224,6 +227,9 @@ const fn action_of(op: OpCode) -> Option<Action> {
 }
 
 fn insn_of(row: &Row, action: Action, rip: Option<u64>) -> Result<Insn, String> {
+    if row.flags & !FLAGS != 0 {
+        return Err(format!("flags {:#x}: the bits {:#x} do not exist", row.flags, row.flags & !FLAGS));
+    }
     let wide = row.op == OpCode::Store && row.size == 16;
     if !matches!(row.size, 1..=8) && !wide {
         return Err(format!("size {} must be 1 to 8 (16 for STORE)", row.size));

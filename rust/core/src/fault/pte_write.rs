@@ -1,5 +1,6 @@
 //! What an emulated write to guest memory does to the shadow (`kvm_mmu_pte_write`, 6.1).
 
+use crate::shadow::page::Bitmap;
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, PageId};
@@ -52,7 +53,8 @@ impl Shadow {
         let mut list = ZapList::default();
         let mut at = self.next_gptes_page(gfn, None);
         while let Some(id) = at {
-            if !self.arena[id].unsync {
+            // A page without entries holds nothing that could be wrong (a root that was loaded just before).
+            if !self.arena[id].unsync && self.arena[id].used != Bitmap::default() {
                 let _ = self.prepare_zap(id, &mut list);
                 self.counters.mmu_flooded += 1;
             }

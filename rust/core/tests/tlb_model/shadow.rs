@@ -1,0 +1,101 @@
+//! All translations that the shadow offers a vCPU, each held to the model.
+
+use crate::referee::Referee;
+use crate::walk::{Access, Kind};
+use shadowkvm_core::cpu::Requests;
+use shadowkvm_core::engine::Vm;
+use shadowkvm_core::memory::Host;
+use shadowkvm_core::types::{Access as Rights, Gfn, Level, PageId};
+
+/// A leaf of the shadow: where, to which frame, with which rights of the CPU.
+struct Leaf {
+    gva: u64,
+    gfn: u64,
+    rights: Rights,
+    device: bool,
+}
+
+fn leaves(vm: &Vm, id: PageId, level: u8, base: u64, found: &mut Vec<Leaf>) {
+    let arena = vm.shadow().arena();
+    for index in 0..512 {
+        let spte = arena.spte(id.entry(index));
+        let gva = base | (index as u64) << (12 + 9 * (level - 1));
+        let gva = if gva >> 47 & 1 == 1 { gva | 0xffff << 48 } else { gva };
+        if spte.is_table(level) {
+            leaves(vm, spte.child(), level - 1, gva, found);
+        } else if spte.is_mmio() {
+            found.push(Leaf { gva, gfn: spte.mmio_gfn().0, rights: spte.mmio_access(), device: true });
+        } else if spte.present() {
+            // The zero page stands for whatever frame it is mapped for: contents alone cannot tell.
+            let Some(first) = Host::gfn(spte.pfn()) else { continue };
+            for page in [0, Level(level).pages() - 1] {
+                found.push(Leaf { gva: gva + (page << 12), gfn: first.0 + page, rights: spte.access(), device: false });
+            }
+        }
+    }
+}
+
+/// KVM's one hole (`make_spte`, 6.1): an entry that takes the place of an MMIO entry inherits W unseen. Afterwards
+/// stores to a table may go unnoticed, and the model has nothing more to say.
+pub(crate) fn hole_was_taken(vm: &Vm) -> bool {
+    let arena = vm.shadow().arena();
+    if vm.vcpu_counters().pf_mmio_spte_created == 0 {
+        return false;
+    }
+    arena.live().into_iter().any(|id| {
+        let level = arena[id].level().0;
+        (0..512).any(|index| {
+            let spte = arena.spte(id.entry(index));
+            let leaf = spte.present() && !spte.is_table(level) && spte.writable() && level == 1;
+            let Some(gfn) = Host::gfn(spte.pfn()).filter(|_| leaf) else { return false };
+            arena.chain(gfn).any(|other| {
+                let page = &arena[other];
+                page.gfn == gfn && page.has_gptes() && !page.unsync && !page.role.invalid()
+            })
+        })
+    })
+}
+
+/// Each translation in the current root of each vCPU was allowed at some time since the last flush that covers it.
+pub(crate) fn check(vm: &Vm, referee: &Referee) -> Result<(), String> {
+    for vcpu in vm.vcpus() {
+        let mut requests = vcpu.requests;
+        requests.check(Requests::TLB_FLUSH);
+        let Some(root) = vcpu.root.page.filter(|_| requests == Requests::default()) else { continue };
+        let page = &vm.shadow().arena()[root];
+        if page.role.invalid() {
+            continue;
+        }
+        let mut found = Vec::new();
+        leaves(vm, root, 4, 0, &mut found);
+        for leaf in &found {
+            check_leaf(vm, referee, usize::from(vcpu.id), leaf)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_leaf(vm: &Vm, referee: &Referee, vcpu: usize, leaf: &Leaf) -> Result<(), String> {
+    let mode = referee.tlbs[vcpu].mode();
+    let (w, u, x) = (leaf.rights.has(Rights::W), leaf.rights.has(Rights::U), leaf.rights.has(Rights::X));
+    if !leaf.device && vm.shadow().memory.slot(Gfn(leaf.gfn)).is_none() {
+        return Err(format!("{:#x} leads to frame {:#x} without memory", leaf.gva, leaf.gfn));
+    }
+    for (kind, right) in [(Kind::Read, true), (Kind::Write, w), (Kind::Fetch, x && !leaf.device)] {
+        for user in [false, true] {
+            // The supervisor with AC may touch the user's pages; SMEP keeps it from executing them.
+            let barred = if user { !u } else { u && kind == Kind::Fetch && mode.smep };
+            if !right || barred {
+                continue;
+            }
+            let access = Access { gva: leaf.gva, kind, user, ac: true };
+            if !referee.allows(vcpu, &access, leaf.gfn) {
+                return Err(format!(
+                    "vCPU {vcpu} may {kind:?} {:#x} (user {user}) in frame {:#x}; no walk since the last flush allows it",
+                    leaf.gva, leaf.gfn
+                ));
+            }
+        }
+    }
+    Ok(())
+}
