@@ -41,6 +41,10 @@ test-python *args:
 bench *args:
     cargo bench {{ args }}
 
+# Fuzz the engine (fuzz/README.md): a target, seconds.
+fuzz target="ops" seconds="600":
+    cd fuzz && cargo fuzz run --sanitizer none {{ target }} -- -max_len=2402 -max_total_time={{ seconds }}
+
 # The documentation, into docs/_build.
 docs:
     {{ python }} -m sphinx -W --keep-going -q docs docs/_build
