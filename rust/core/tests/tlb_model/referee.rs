@@ -39,6 +39,7 @@ impl Referee {
         let tlbs = vm.vcpus().iter().map(|vcpu| Tlb::new(vcpu.regs, maxphyaddr)).collect();
         let mut referee = Self { memory: Memory::default(), tlbs, hot: BTreeSet::new(), now: 0 };
         referee.memory.unmarked = slot1 >> 12;
+        referee.memory.gone = vm.read_memory(Gpa(slot1), 1).is_err();
         for gfn in frames {
             let words = read_frame(vm, gfn);
             if words.iter().any(|word| *word != 0) {
@@ -222,10 +223,12 @@ impl Referee {
             }
             return;
         };
+        // A root without memory shuts the vCPU down, but CR3 was loaded.
+        let done = outcome.status == Status::Done || outcome.status == Status::Shutdown && tlb.has_other_regs(&regs);
         match (row.op, outcome.status) {
-            (OpCode::Cr3, Status::Done) => tlb.load_cr3(row.value, regs, now),
-            (OpCode::Invlpg, Status::Done) => tlb.flush_page(row.addr, now, true),
-            (OpCode::Cr0 | OpCode::Cr4 | OpCode::Efer, Status::Done) => tlb.set_regs(regs, now),
+            (OpCode::Cr3, _) if done => tlb.load_cr3(row.value, regs, now),
+            (OpCode::Invlpg, _) if done => tlb.flush_page(row.addr, now, true),
+            (OpCode::Cr0 | OpCode::Cr4 | OpCode::Efer, _) if done => tlb.set_regs(regs, now),
             (_, Status::PageFault) if outcome.error_code & 9 == 1 => tlb.flush_page(outcome.address, now, false),
             _ => {}
         }

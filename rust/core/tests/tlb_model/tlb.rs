@@ -46,6 +46,10 @@ impl Tlb {
         }
     }
 
+    pub(crate) fn has_other_regs(&self, regs: &Registers) -> bool {
+        self.regs != *regs
+    }
+
     pub(crate) fn root(&self) -> u64 {
         (self.regs.cr3 & 0x000f_ffff_ffff_f000) >> 12
     }
