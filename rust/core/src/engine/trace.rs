@@ -77,10 +77,11 @@ impl Vm {
             OpCode::Hlt => Control::Hlt,
             OpCode::Io => Control::Io,
             _ => {
+                self.shadow.events.vcpu = row.vcpu;
+                let done = self.host_row(row, options).map_err(fail)?;
                 self.begin(vcpu);
-                let done = self.host_row(row, options).map_err(fail);
                 self.end();
-                return done;
+                return Ok(done);
             }
         };
         Ok(self.control(vcpu, control, rip))

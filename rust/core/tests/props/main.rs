@@ -162,7 +162,6 @@ fn a_run_is_a_loop_of_steps_and_repeats_itself() {
 }
 
 #[test]
-#[ignore = "Vm::step counts a refused row of the host: x_ops and the number of the operation rise"]
 fn a_refused_row_changes_nothing() {
     check(100, &story(WILD, 1..60), |(start, ops)| {
         let mut vm = start.build(EventLog::EVERYTHING);
