@@ -77,8 +77,11 @@ impl Vm {
             OpCode::Hlt => Control::Hlt,
             OpCode::Io => Control::Io,
             _ => {
-                self.shadow.events.vcpu = row.vcpu;
-                let done = self.host_row(row, options).map_err(fail)?;
+                let before = std::mem::replace(&mut self.shadow.events.vcpu, row.vcpu);
+                let done = self.host_row(row, options).map_err(|reason| {
+                    self.shadow.events.vcpu = before;
+                    fail(reason)
+                })?;
                 self.begin(vcpu);
                 self.end();
                 return Ok(done);
