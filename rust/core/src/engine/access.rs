@@ -33,8 +33,8 @@ impl Vm {
 }
 
 /// The fetch of an instruction's own bytes, as an instruction of its own.
-fn fetch_of(insn: &Insn, gva: Gva) -> Insn {
-    Insn { action: Action::Fetch, gva, size: 1, system: false, ..*insn }
+fn fetch_of(insn: &Insn) -> Insn {
+    Insn { action: Action::Fetch, gva: Gva(insn.rip_or_zero()), size: insn.length, system: false, ..*insn }
 }
 
 /// What a fast access needs to know of an instruction; everything else about it has its default.
@@ -92,7 +92,7 @@ impl Ctx<'_> {
                 }
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
                 Err(Trap::Fault { gva, code, operand }) => {
-                    let who = if operand { at } else { fetch_of(&at, gva) };
+                    let who = if operand { at } else { fetch_of(&at) };
                     match self.handle_page_fault(&who, gva, code) {
                         After::Resume => {}
                         // The emulator leaves RIP at a REP, even at one that it carried out to the end.

@@ -140,7 +140,9 @@ impl Ctx<'_> {
     fn execute(&mut self, insn: &Insn) -> Result<Effect, Stop> {
         let mut effect = Effect::default();
         match insn.action {
-            Action::Load | Action::Fetch => self.emulated_read(insn, &mut effect)?,
+            // Its bytes are there; what they do is the next operation.
+            Action::Fetch => {}
+            Action::Load => self.emulated_read(insn, &mut effect)?,
             // REP: every element that is left, one after the other, in this one exit. One that goes to a device ends
             // the exit; its completion in user space enters the guest at the same RIP.
             Action::Store => {

@@ -112,7 +112,8 @@ impl Insn {
     /// The page where the instruction's bytes go on, if they do not all lie on the page where they begin.
     #[must_use]
     pub const fn second_page(&self, rip: Gva) -> Option<Gva> {
-        if rip.offset() + self.length as u64 > 4096 { Some(Gva(rip.page().0.wrapping_add(4096))) } else { None }
+        let length = if matches!(self.action, Action::Fetch) { self.size } else { self.length };
+        if rip.offset() + length as u64 > 4096 { Some(Gva(rip.page().0.wrapping_add(4096))) } else { None }
     }
 
     /// The address of the instruction, 0 if it is not known.
