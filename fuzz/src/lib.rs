@@ -17,6 +17,9 @@ mod walk;
 pub use decode::run;
 use decode::{MAX_RECORDS, RECORD, act, apply, parts};
 
+/// Operations of an input that the model looks at: it costs ten times the engine.
+const MAX_OPERATIONS: usize = 200;
+
 /// Runs an input under the model; every `sweep_every` operations, and at the end, the whole shadow is compared.
 ///
 /// # Errors
@@ -27,7 +30,8 @@ pub fn run_model(data: &[u8], sweep_every: usize) -> Result<(), String> {
     let mut referee = referee::of(&vm, *kind);
     let vcpus = vm.vcpus().len();
     let records = rest.as_chunks::<RECORD>().0.iter().take(MAX_RECORDS);
-    for (i, part) in records.flat_map(|record| parts(act(*record, vcpus))).enumerate() {
+    let operations = records.flat_map(|record| parts(act(*record, vcpus))).take(MAX_OPERATIONS);
+    for (i, part) in operations.enumerate() {
         if touch::outside(&vm, &part) {
             continue;
         }

@@ -7,7 +7,7 @@ use crate::walk::{A, Access, D, Kind, Memory, Version, fault_now, walk_now};
 use shadowkvm_core::engine::Vm;
 use shadowkvm_core::ops::OpCode;
 use shadowkvm_core::outcome::{Outcome, Status};
-use shadowkvm_core::types::Gpa;
+use shadowkvm_core::types::{Gfn, Gpa};
 use std::collections::BTreeSet;
 
 /// The model beside the engine.
@@ -58,7 +58,9 @@ impl Referee {
         for touch in &plan.touches {
             targets.push(tlb.targets(&self.memory, &touch.access));
             faults.push(fault_now(&self.memory, tlb.root(), &touch.access, tlb.mode()));
-            paths.push(walk_now(&self.memory, tlb.root(), touch.access.gva, tlb.mode()).path);
+            let mut path = Vec::new();
+            let _ = walk_now(&self.memory, tlb.root(), touch.access.gva, tlb.mode(), |at| path.push(at));
+            paths.push(path);
         }
         self.hot.extend(targets.iter().flatten());
         self.hot.extend(paths.iter().flatten().map(|at| at.0));
@@ -96,12 +98,16 @@ impl Referee {
             if self.memory.gone && gfn >= self.memory.unmarked {
                 continue;
             }
-            let words = read_frame(vm, gfn);
-            for (index, word) in words.iter().enumerate() {
-                let old = self.memory.word(gfn, index).unwrap_or(0);
-                if old != *word {
-                    self.memory.change(gfn, index, *word, self.now);
-                    changed.push((gfn, index, old));
+            for first in (0..512).step_by(64) {
+                let new = vm.shadow().memory.host.entries(Gfn(gfn), first / 64);
+                let Some(words) = self.memory.frame(gfn) else { continue };
+                let old: [u64; 64] = words[first..first + 64].try_into().expect("64 words");
+                if new == old {
+                    continue;
+                }
+                for i in (0..64).filter(|i| new[*i] != old[*i]) {
+                    self.memory.change(gfn, first + i, new[i], self.now);
+                    changed.push((gfn, first + i, old[i]));
                 }
             }
         }
@@ -234,19 +240,21 @@ impl Referee {
         }
     }
 
-    /// Whether the vCPU may hold a translation of `gva` to `gfn` that lets this access through.
-    pub(crate) fn allows(&self, vcpu: usize, access: &Access, gfn: u64) -> bool {
+    /// The first of these accesses for which the vCPU cannot hold a translation of `gva` to `gfn`.
+    pub(crate) fn first_refused(&self, vcpu: usize, gva: u64, gfn: u64, wanted: &[Access]) -> Option<Access> {
         let tlb = &self.tlbs[vcpu];
-        let now = walk_now(&self.memory, tlb.root(), access.gva, tlb.mode());
-        if let Ok(page) = now.end
-            && page.gfn == gfn
-            && page.a
-            && (page.d || access.kind != Kind::Write)
-            && page.permits(access, tlb.mode())
-        {
-            return true;
+        let mut left = wanted.to_vec();
+        // Mostly the tables of now allow all.
+        if let Ok(page) = walk_now(&self.memory, tlb.root(), gva, tlb.mode(), |_| ()) {
+            left.retain(|access| !tlb.serves(page, access, gfn));
         }
-        tlb.may_access(&self.memory, access, gfn)
+        if !left.is_empty() {
+            tlb.may_hold(&self.memory, gva, |page| {
+                left.retain(|access| !tlb.serves(page, access, gfn));
+                left.is_empty()
+            });
+        }
+        left.first().copied()
     }
 }
 

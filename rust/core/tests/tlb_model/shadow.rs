@@ -81,21 +81,19 @@ fn check_leaf(vm: &Vm, referee: &Referee, vcpu: usize, leaf: &Leaf) -> Result<()
     if !leaf.device && vm.shadow().memory.slot(Gfn(leaf.gfn)).is_none() {
         return Err(format!("{:#x} leads to frame {:#x} without memory", leaf.gva, leaf.gfn));
     }
+    let mut wanted = Vec::with_capacity(6);
     for (kind, right) in [(Kind::Read, true), (Kind::Write, w), (Kind::Fetch, x && !leaf.device)] {
         for user in [false, true] {
             // The supervisor with AC may touch the user's pages; SMEP keeps it from executing them.
             let barred = if user { !u } else { u && kind == Kind::Fetch && mode.smep };
-            if !right || barred {
-                continue;
-            }
-            let access = Access { gva: leaf.gva, kind, user, ac: true };
-            if !referee.allows(vcpu, &access, leaf.gfn) {
-                return Err(format!(
-                    "vCPU {vcpu} may {kind:?} {:#x} (user {user}) in frame {:#x}; no walk since the last flush allows it",
-                    leaf.gva, leaf.gfn
-                ));
+            if right && !barred {
+                wanted.push(Access { gva: leaf.gva, kind, user, ac: true });
             }
         }
     }
-    Ok(())
+    let Some(refused) = referee.first_refused(vcpu, leaf.gva, leaf.gfn, &wanted) else { return Ok(()) };
+    Err(format!(
+        "vCPU {vcpu} may {:?} {:#x} (user {}) in frame {:#x}; no walk since the last flush allows it",
+        refused.kind, leaf.gva, refused.user, leaf.gfn
+    ))
 }

@@ -141,11 +141,10 @@ impl Tlb {
         Access { ac: access.ac || !self.mode().wp, ..*access }
     }
 
-    /// Whether the access to that frame may go through: the rights suffice, and A (D) is set in what the TLB holds.
-    pub(crate) fn may_access(&self, memory: &Memory, access: &Access, gfn: u64) -> bool {
-        let (mode, access) = (self.mode(), &self.as_kvm_sees(access));
-        let marked = |page: Page| page.a && (page.d || access.kind != Kind::Write);
-        self.may_hold(memory, access.gva, |page| page.gfn == gfn && marked(page) && page.permits(access, mode))
+    /// Whether this translation lets the access to that frame through: the rights suffice, A (and D) are set.
+    pub(crate) fn serves(&self, page: Page, access: &Access, gfn: u64) -> bool {
+        let marked = page.a && (page.d || access.kind != Kind::Write);
+        page.gfn == gfn && marked && page.permits(&self.as_kvm_sees(access), self.mode())
     }
 
     /// The frames that the access may go to, whatever A and D say: the access itself may set them.

@@ -171,8 +171,6 @@ pub(crate) fn outside(vm: &Vm, act: &Act) -> bool {
         Act::Table(..) => true,
         // Without memory nothing runs.
         Act::Row(Row { op: OpCode::SlotDel, size: 0, .. }) => true,
-        // A fetch over a page end into a device: how much of it the CPU had is not modelled.
-        Act::Row(Row { op: OpCode::Fetch, addr, size, .. }) => addr % 4096 + u64::from(*size) > 4096,
         // Of a store of 4 bytes KVM sees only the entry in which it begins.
         Act::Row(row) => row.op as u8 <= 9 && row.size == 4 && row.addr % 8 > 4,
         Act::Insn(_, insn) => insn.size == 4 && insn.gva.0 % 8 > 4,

@@ -180,28 +180,26 @@ pub(crate) fn index(gva: u64, level: u32) -> usize {
     (gva >> (12 + 9 * (level - 1))) as usize & 511
 }
 
-/// What the tables say now.
-#[derive(Clone, Debug)]
-pub(crate) struct Walk {
-    /// The page, or the error code (P, RSVD) and nothing else.
-    pub(crate) end: Result<Page, u32>,
-    /// The entries that were read: frame and index, top first.
-    pub(crate) path: Vec<(u64, usize)>,
-}
-
-pub(crate) fn walk_now(memory: &Memory, root: u64, gva: u64, mode: Mode) -> Walk {
-    let (mut page, mut table, mut path) = (Page::ALL, root, Vec::new());
+/// What the tables say now: the page, or P and RSVD of the error code. `seen` is told each entry that is read, top first.
+pub(crate) fn walk_now(
+    memory: &Memory,
+    root: u64,
+    gva: u64,
+    mode: Mode,
+    mut seen: impl FnMut((u64, usize)),
+) -> Result<Page, u32> {
+    let (mut page, mut table) = (Page::ALL, root);
     for level in (1..=4).rev() {
         let at = (table, index(gva, level));
         let there = memory.word(at.0, at.1).filter(|_| !(memory.gone && table >= memory.unmarked));
-        let Some(value) = there else { return Walk { end: Err(0), path } };
-        path.push(at);
+        let Some(value) = there else { return Err(0) };
+        seen(at);
         page = page.through(memory.marked(table, value));
         match step(value, level, gva, mode, true) {
-            Step::Absent => return Walk { end: Err(0), path },
-            Step::Reserved => return Walk { end: Err(9), path },
+            Step::Absent => return Err(0),
+            Step::Reserved => return Err(9),
             Step::Table(gfn) => table = gfn,
-            Step::Leaf(gfn) => return Walk { end: Ok(Page { gfn, ..page }), path },
+            Step::Leaf(gfn) => return Ok(Page { gfn, ..page }),
         }
     }
     unreachable!("level 1 is a leaf")
@@ -209,7 +207,7 @@ pub(crate) fn walk_now(memory: &Memory, root: u64, gva: u64, mode: Mode) -> Walk
 
 /// The error code of the fault that the tables of now give, if any.
 pub(crate) fn fault_now(memory: &Memory, root: u64, access: &Access, mode: Mode) -> Option<u32> {
-    let p = match walk_now(memory, root, access.gva, mode).end {
+    let p = match walk_now(memory, root, access.gva, mode, |_| ()) {
         Ok(page) if page.permits(access, mode) => return None,
         Ok(_) => 1,
         Err(code) => code,
