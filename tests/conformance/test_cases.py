@@ -43,6 +43,7 @@ def test_directed_cases_say_what_they_show() -> None:
     assert len(directed) >= 80
     assert len({case.name for case in directed}) == len(directed)
     assert all(case.name and case.shows for case in directed)
+    assert any("nx_lpage_splits" in a.counters for case in directed for a in case.answers or [])
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -118,6 +118,8 @@ class Case:
     vcpus: int = 1
     huge: tuple[int, int] | None = None
     """Guest memory from, to which the host backs by pages of 2 MiB."""
+    nx_huge_pages: bool = False
+    """KVM splits huge pages from which the guest executes (module parameter nx_huge_pages=force)."""
     name: str = ""
     shows: str = ""
     """One line: what there is to see."""

@@ -22,7 +22,7 @@ SCHEMA: Final = "shadowkvm.case/1"
 FILTERS: Final = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}]
 COLUMNS: Final = ("addr", "value", "size", "cpl", "vcpu", "expected", "flags", "slot")
 REGISTERS: Final = ("cr0", "cr3", "cr4", "efer", "vcpus", "memory")
-PLAIN: Final = ("name", "shows", "theme", "seed", "kernel", "profile")
+PLAIN: Final = ("name", "shows", "theme", "seed", "kernel", "profile", "nx_huge_pages")
 
 
 def number(value: Any) -> int:
@@ -126,7 +126,7 @@ def plain_op(o: Op) -> dict[str, Any]:
 
 def pack_case(case: Case, *, columns: bool) -> dict[str, Any]:
     """What stands in the file for this case."""
-    out: dict[str, Any] = {k: v for k in PLAIN if (v := getattr(case, k)) not in ("", None)}
+    out: dict[str, Any] = {k: v for k in PLAIN if (v := getattr(case, k)) not in ("", None) and v is not False}
     out.update({k: v if columns else hex(v) for k in REGISTERS if (v := getattr(case, k)) is not None})
     out["slots"] = [[s.slot, s.gpa, s.size, s.flags] for s in case.slots]
     if case.huge:

@@ -39,7 +39,7 @@ class Driver:
 
     def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
         mask = ALL_EVENTS if events else 0
-        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask)
+        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
         self.events: list[str] = []
         self._tracing = events
         self._set_up(case)

@@ -26,6 +26,8 @@ $B mount -t devtmpfs d /dev; $B mount -t tracefs t /sys/kernel/tracing
 cd /mods; for m in irqbypass ccp kvm; do $B insmod $m.ko; done; $B insmod kvm-amd.ko npt=0
 T=/sys/kernel/tracing/trace
 for c in /cases/*; do
+  case $c in *-nx) nx=force;; *) nx=auto;; esac
+  echo $nx > /sys/module/kvm/parameters/nx_huge_pages
   echo "CASE $c"; /bin/replay $c {trace}
   if [ -n "{trace}" ]; then $B cat $T; echo > $T; fi
 done > /dev/ttyS1 2>&1
@@ -77,14 +79,14 @@ def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
     return gzip.compress(b"".join(out), 1)
 
 
-def system(root: Path, version: str, replay: Path, cases: Sequence[bytes], *, trace: bool) -> bytes:
+def system(root: Path, version: str, replay: Path, cases: Sequence[tuple[str, bytes]], *, trace: bool) -> bytes:
     """The archive that runs these cases one after the other.
 
     Args:
         root: where /boot and /lib/modules are.
         version: of the kernel.
         replay: the compiled harness.
-        cases: as `wire.case_bytes` makes them.
+        cases: name and bytes as `wire.case_bytes` makes them; a name that ends in "-nx" runs with nx_huge_pages=force.
         trace: record tracepoints.
     """
     files = {
@@ -98,5 +100,5 @@ def system(root: Path, version: str, replay: Path, cases: Sequence[bytes], *, tr
             raise ShadowKvmError(f"module {name} of kernel {version} is missing; see: shadowkvm doctor")
         data = path.read_bytes()
         files[f"mods/{Path(name).name}.ko"] = (0o644, lzma.decompress(data) if path.suffix == ".xz" else data)
-    files.update({f"cases/{i:05d}": (0o644, data) for i, data in enumerate(cases)})
+    files.update({f"cases/{name}": (0o644, data) for name, data in cases})
     return archive(files)

@@ -78,6 +78,8 @@ class Native:
             replay, file = Path(d) / "replay", Path(d) / "case"
             compile_harness(replay)
             for case in cases:
+                if case.nx_huge_pages:
+                    raise ShadowKvmError(f"{case.title}: nx_huge_pages=force is asked of the qemu backend only")
                 file.write_bytes(case_bytes(case, PHYS_BITS[self.profile]))
                 done = subprocess.run([replay, file], capture_output=True, text=True, check=False)  # noqa: S603
                 results = split_cases(f"CASE {case.title}\n{done.stdout}")

@@ -76,7 +76,7 @@ class Qemu:
         with tempfile.TemporaryDirectory(prefix="shadowkvm-") as d:
             folder = Path(d)
             compile_harness(folder / "replay")
-            blobs = [case_bytes(c) for c in cases]
+            blobs = [(f"{i:05d}{'-nx' * c.nx_huge_pages}", case_bytes(c)) for i, c in enumerate(cases)]
             initrd = system(kernel_root(), self.kernel, folder / "replay", blobs, trace=trace)
             (folder / "initrd.gz").write_bytes(initrd)
             self._boot(folder)

@@ -128,6 +128,20 @@ def case_of(scenario: Scenario) -> Case:
     )
 
 
+def nx_huge_pages(base: Scenario) -> Case:
+    """O4-0, of which no recording was published: huge pages that are split where the guest executes from them."""
+    pages = {g: dict(e) for g, e in pages_of(base).items()}
+    pages[0x3000].update({8: 0x10000E3, 9: 0x12000E3})
+    for gpa in (0x1000000, 0x1200000):
+        pages[gpa] = {TARGET >> 3: SYSCALL}
+    ops = [CaseOp("read", addr=0x1000000), CaseOp("fetch", addr=0x1000000 | TARGET), CaseOp("read", addr=0x1010000)]
+    ops += [CaseOp("fetch", addr=0x1200000 | TARGET), CaseOp("read", addr=0x1300000), CaseOp("write", addr=0x1300000)]
+    ops += [CaseOp("write", addr=0x30A1, size=1), CaseOp("read", addr=0x1000000), CaseOp("read", addr=0x1200000)]
+    shows = "a huge page is split by an instruction fetch, counted, and mapped large again after its table went"
+    name = "O4-0 nx_huge_pages=force"
+    return Case(RAM, [Slot(0, 0, RAM)], 0x1000, ops, pages, huge=(0, RAM), nx_huge_pages=True, name=name, shows=shows)
+
+
 def two_vcpus(base: Scenario) -> Iterator[Case]:
     """The two scenarios with two vCPUs, of which no recording was published."""
     pages = {g: dict(e) for g, e in pages_of(base).items()}
@@ -152,7 +166,7 @@ def two_vcpus(base: Scenario) -> Iterator[Case]:
 def main() -> int:
     scenarios = load().scenarios
     cases = [case_of(s) for s in scenarios.values() if s.mode == "64-bit" and s.id not in LEFT_OUT]
-    cases += two_vcpus(scenarios["O1-1"])
+    cases += [*two_vcpus(scenarios["O1-1"]), nx_huge_pages(scenarios["O1-1"])]
     backend = Qemu()
     kept = record(backend, cases, lambda text: print(text, file=sys.stderr))
     save(OUT, [c for c in kept if c.ops], meta=backend.about())
