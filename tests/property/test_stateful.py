@@ -85,7 +85,7 @@ class Model:
         # Address of the entry -> (value, from, to).
         self.past: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         self.since: dict[int, int] = defaultdict(int)
-        self.root = [1] * vcpus
+        self.root = [ROOTS[0]] * vcpus
         self.wp, self.smep, self.smap = [True] * vcpus, [False] * vcpus, [False] * vcpus
         self.flushed = [0] * vcpus
         self.flushed_pages: list[dict[int, int]] = [{} for _ in range(vcpus)]
@@ -130,6 +130,16 @@ class Model:
                 present = 1
                 break
         return present | {"read": 0, "write": 2, "fetch": 16}[access.kind] | (4 if access.user else 0)
+
+    def leaf_entry(self, vcpu: int, address: int) -> int | None:
+        """Where the last-level entry for an address stands now."""
+        table = self.root[vcpu]
+        for level in (4, 3, 2):
+            entry = self.words[(table << 12) + 8 * (address >> (3 + 9 * level) & 511)]
+            if not entry & P or (level == 2 and entry & PS):
+                return None
+            table = (entry & ADDRESS) >> 12
+        return (table << 12) + 8 * (address >> 12 & 511)
 
     def frames(self, vcpu: int, access: Access) -> set[int]:
         """The frames to which the access may go by any walk since the last flush that covers it."""
@@ -181,7 +191,7 @@ class Guest(RuleBasedStateMachine):
             self.model.words.update({(frame << 12) + 8 * i: frame << 40 | i << 20 for i in range(512)})
         self.cr0, self.cr4 = [WP | PG_PE] * 2, [0x20] * 2
         for cpu in self.vm.vcpus:
-            cpu.set_sregs(cr3=0x1000)
+            cpu.set_sregs(cr3=ROOTS[0] << 12)
 
     def word(self, address: int) -> int:
         return int.from_bytes(self.vm.read_memory(address, 8), "little")
@@ -252,6 +262,29 @@ class Guest(RuleBasedStateMachine):
     @rule(vcpu=vcpus, table=st.sampled_from(TABLES), index=indexes, entry=leaf_entries)
     def map_page(self, vcpu: int, table: int, index: int, entry: int) -> None:
         self.edit(vcpu, (table << 12) + 8 * index, entry)
+
+    @rule(
+        vcpu=vcpus,
+        editor=vcpus,
+        page=pages,
+        entry=st.one_of(leaf_entries, st.just(0)),
+        flush=st.sampled_from(["", "", "invlpg", "cr3"]),
+        store=st.booleans(),
+    )
+    def remap(self, *, vcpu: int, editor: int, page: int, entry: int, flush: str, store: bool) -> None:
+        """Use a page, change its entry, flush or forget it, use the page again."""
+        address = self.model.leaf_entry(vcpu, page)
+        if address is None or address >> 12 not in TABLES:
+            return
+        self.read(vcpu, page, 8, user=False, ac=True)
+        self.edit(editor, address, entry)
+        if flush == "invlpg":
+            self.invlpg(vcpu, page)
+        elif flush == "cr3":
+            self.load_cr3(vcpu, self.model.root[vcpu])
+        if store:
+            self.write(vcpu, page, 8, user=False, kind="mov")
+        self.read(vcpu, page, 8, user=False, ac=True)
 
     @rule(vcpu=vcpus, table=st.sampled_from(TABLES), index=indexes)
     def unmap_page(self, vcpu: int, table: int, index: int) -> None:
