@@ -4,6 +4,7 @@
 
 mod text;
 
+use crate::outcome::RetPf;
 use crate::types::{Access, ErrorCode, Gpa, Gva};
 
 macro_rules! events {
@@ -62,7 +63,7 @@ events! {
 
 /// A result of [`crate::engine`]'s `kvm_exit`: SVM's exit reasons that occur here, in the kernel's words.
 pub const EXIT_REASONS: &[&str] =
-    &["PF excp", "hlt", "io", "write_cr0", "cr0_sel_write", "write_cr3", "write_cr4", "invlpg", "msr"];
+    &["PF excp", "hlt", "io", "write_cr0", "cr0_sel_write", "write_cr3", "write_cr4", "invlpg", "msr", "invpcid"];
 
 /// One event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -217,6 +218,14 @@ impl EventLog {
     /// `kvm_mmu_set_spte`.
     pub fn set_spte(&mut self, gfn: u64, spte: u64, sptep: u64, level: u8) {
         self.push(EventKind::SetSpte, |e| (e.a, e.b, e.c, e.level) = (gfn, spte, sptep, level));
+    }
+
+    /// `fast_page_fault`.
+    pub fn fast_page_fault(&mut self, address: Gva, code: ErrorCode, old: u64, new: u64, result: RetPf) {
+        self.push(EventKind::FastPageFault, |e| {
+            (e.a, e.code, e.b, e.c) = (address.0, code.0 as u32, old, new);
+            e.flag = u8::from(result == RetPf::Spurious) | u8::from(result == RetPf::Fixed) << 1;
+        });
     }
 
     /// `kvm_mmu_zap_all_fast`.
