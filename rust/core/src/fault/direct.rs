@@ -8,7 +8,7 @@ use crate::fault::page_fault::{Fault, Handled};
 use crate::guest::gpte::Gpte;
 use crate::memory::Slot;
 use crate::outcome::RetPf;
-use crate::shadow::spte::{MMU_WRITABLE, Spte};
+use crate::shadow::spte::{MMU_WRITABLE, Spte, sptep};
 use crate::types::{Access, ErrorCode, Gfn, Gva, Level, PageId};
 
 impl Ctx<'_> {
@@ -42,7 +42,9 @@ impl Ctx<'_> {
             return Handled::Result(RetPf::Emulate);
         }
         if fault.pfn.is_none() {
-            self.cache_mmio(gva, gfn, Access::ALL);
+            // Without an address: the cache answers by the frame (a run shows it; section 3.8.3 of the specification has
+            // the address).
+            self.cache_mmio(Gva(0), gfn, Access::ALL);
         }
         match self.ready_to_map(&fault) {
             Some(other) => other,
@@ -60,8 +62,8 @@ impl Ctx<'_> {
             self.shadow.arena.update_spte(pos, Spte(old.0 | PT_W));
             self.shadow.memory.mark_dirty(fault.gfn);
         }
-        let new = self.shadow.spte(pos);
-        self.shadow.events.fast_page_fault(fault.gva, code, old.0, new.0, result);
+        let at = sptep(pos.page(), pos.index());
+        self.shadow.events.fast_page_fault(fault.gva, code, old.0, at, result);
         result
     }
 
