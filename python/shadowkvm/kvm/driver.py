@@ -1,13 +1,16 @@
-"""Replays a case in the engine, instruction by instruction as the guest of harness/guest.S executes them."""
+"""Replays a case in the engine, instruction by instruction as the guest of harness/guest.S and guest32.S executes them."""
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shadowkvm._core import COUNTERS, EVENTS, Vm
-from shadowkvm.kvm.case import Answer, Case, Op
-from shadowkvm.kvm.layout import IMAGE, LABELS, RT, stub_of
+from shadowkvm.kvm.case import AC, UNLOCKED, Answer, Case, Op, bits_of
+from shadowkvm.kvm.delivery import BP, DF, GP, PF, SYS, Delivery, Frame
+from shadowkvm.kvm.hostops import HostOps
+from shadowkvm.kvm.layout import IMAGE, LABELS, RT, STACK, stub_of
 
 __all__ = ["COMPARED", "Driver"]
 
@@ -23,13 +26,38 @@ WATCHED: Final = [(i, name) for i, name in enumerate(NAMES) if name in COMPARED]
 VCPU_SCOPE: Final = [i for i, row in enumerate(COUNTERS) if row[1] == "vcpu"]
 ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 
-RMW: Final = frozenset({"or", "and", "xor", "add", "xchg", "cmpxchg"})
-STORES: Final = {"write": "mov", "movnti": "sse", "stos": "stos", "push": "push"}
-CS, SS, USER_CS, USER_SS, FRAME_FLAGS = 0x08, 0x10, 0x23, 0x1B, 0x10002
+STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
+RMW: Final = {
+    **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
+    **{"inc": "add", "xadd": "add", "bts": "or"},
+}
+"""What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+FAULTS: Final = {"page_fault": PF, "general_protection": GP}
+
+
+@dataclass(slots=True)
+class Guest:
+    """What the driver knows of a vCPU."""
+
+    cpu: Any
+    bits: int
+    """The code that it runs: 64 or 32."""
+    idt: int
+    stack: int = STACK
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The addresses in that code."""
+        return LABELS[self.bits]
+
+    def mode(self, efer: int) -> None:
+        """The host has set its registers: code and IDT are those of the mode."""
+        self.bits = bits_of(efer)
+        self.idt = self.labels["idt"]
 
 
 class Driver:
-    """A VM of the engine that runs the guest of guest.S.
+    """A VM of the engine that runs the guest of the harness.
 
     Args:
         case: its start state is set up; its operations are given to `step` one by one.
@@ -39,7 +67,11 @@ class Driver:
 
     def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
         mask = ALL_EVENTS if events else 0
-        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+        more = {"manual_dirty": case.manual_dirty} if case.manual_dirty else {}
+        args = (case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+        self.vm: Any = Vm(*args, **more)
+        self.guests = [Guest(cpu, bits_of(case.efer), LABELS[bits_of(case.efer)]["idt"]) for cpu in self.vm.vcpus]
+        self.host = HostOps(self.vm)
         self.events: list[str] = []
         self._tracing = events
         self._set_up(case)
@@ -64,11 +96,13 @@ class Driver:
 
     def step(self, op: Op) -> Answer:
         """One operation, as replay.c does it, with the counters that it moved (of the VM and of its vCPU)."""
-        cpu = self.vm.vcpus[op.vcpu]
-        before = self._counters(cpu)
-        host = getattr(self, f"_host_{op.op}", None)
-        answer = Answer(value=host(op) or 0) if host else self._guest(cpu, op)
-        after = self._counters(cpu)
+        guest = self.guests[op.vcpu]
+        before = self._counters(guest.cpu)
+        if self.host.knows(op):
+            answer = Answer(value=self.host.do(op, guest))
+        else:
+            answer = self._guest(guest, op)
+        after = self._counters(guest.cpu)
         answer.counters = {name: after[i] - before[i] for i, name in WATCHED if after[i] != before[i]}
         if self._tracing:
             self.events = self.vm.event_lines()
@@ -77,84 +111,106 @@ class Driver:
 
     def _counters(self, cpu: Any) -> list[int]:
         values: list[int] = self.vm.counter_values()
-        if len(self.vm.vcpus) > 1:
+        if len(self.guests) > 1:
             own = cpu.counter_values()
             for i, value in zip(VCPU_SCOPE, own, strict=True):
                 values[i] = value
         return values
 
-    # ---- what the host does between two runs of the guest
+    # ---- one run of the guest: a stub from its start to HLT
 
-    def _host_hwrite(self, op: Op) -> None:
-        self.vm.write_memory(op.addr, op.value.to_bytes(8, "little")[: op.size])
-
-    def _host_dirty(self, op: Op) -> None:
-        self.vm.set_dirty_log(op.slot, bool(op.flags & 1))
-
-    def _host_dirtylog(self, op: Op) -> int:
-        return len(self.vm.get_dirty_log(op.slot))
-
-    def _host_unmap(self, op: Op) -> None:
-        self.vm.notifier_unmap(op.addr, op.value)
-
-    def _host_quota(self, op: Op) -> None:
-        self.vm.set_page_quota(op.value)
-
-    def _host_slot_add(self, op: Op) -> None:
-        self.vm.add_slot(op.slot, op.addr, op.value, readonly=bool(op.flags & 2), dirty_log=bool(op.flags & 1))
-
-    def _host_slot_del(self, op: Op) -> None:
-        self.vm.delete_slot(op.slot)
-
-    # ---- one run of the guest: a stub of guest.S from its start to HLT
-
-    def _guest(self, cpu: Any, op: Op) -> Answer:
-        user = op.cpl == 3
-        rip, end, setup = stub_of(op)
+    def _guest(self, guest: Guest, op: Op) -> Answer:
+        cpu, labels, user = guest.cpu, guest.labels, op.cpl == 3
+        rip, end, setup = stub_of(op, guest.bits)
         if user:
-            cpu.fetch(LABELS["k_user"])
+            cpu.fetch(labels["k_user"])
         if setup:
             cpu.fetch(rip - setup, user)
-        out = self._execute(cpu, op, rip, user)
-        if out.status in ("page_fault", "general_protection"):
-            vector, label = (14, "pf_entry") if out.status == "page_fault" else (13, "gp_entry")
-            self._deliver(cpu, vector, user, rip, out.error_code)
-            cpu.hlt(rip=LABELS[label])
-            return Answer(out.status, out.error_code, 0, out.address if vector == 14 else 0)
-        if user or op.op == "fetch":
-            if op.op != "fetch":
-                cpu.fetch(end, True)  # noqa: FBT003 - CPL 3
-            cpu.hlt(rip=RT)
+        out = self._execute(guest, op, rip, user)
+        stack = op.addr + op.size if op.op == "push" and not user else guest.stack
+        at = op.addr if op.op in ("fetch", "run") else rip
+        frame = Frame(guest.bits, guest.idt, stack, user, at, ac=bool(op.flags & AC))
+        if out.status == "shutdown":
+            return Answer("shutdown")
+        if out.status in FAULTS:
+            return self._fault(guest, frame, FAULTS[out.status], out)
+        if op.op == "int3":
+            return self._event(guest, frame, BP) or Answer()
+        if op.op == "idt":
+            guest.idt = op.addr
+        jump = op.op in ("fetch", "run")
+        if jump:
+            end = op.addr + op.length * (op.op == "run")
+        if user or jump:
+            if (lost := self._way_back(guest, frame, op, end)) is not None:
+                return lost
         else:
             cpu.hlt(rip=end)
-        return Answer(out.status, 0, out.value if op.op == "read" else 0, out.address if out.status == "mmio" else 0)
+        value = out.value if op.op == "read" else 0
+        return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
-    def _execute(self, cpu: Any, op: Op, rip: int, user: bool) -> Any:
+    def _way_back(self, guest: Guest, frame: Frame, op: Op, end: int) -> Answer | None:
+        """From a stub of CPL 3, or from where a jump led: SYSCALL, in 32-bit code INT 0x80. An answer: it was lost."""
+        cpu = guest.cpu
+        if op.op != "fetch":
+            cpu.fetch(end, frame.user)
+        if guest.bits == 64:
+            cpu.hlt(rip=guest.labels["k_back"])
+            return None
+        frame.rip = end
+        return self._event(guest, frame, SYS)
+
+    def _fault(self, guest: Guest, frame: Frame, vector: int, out: Any) -> Answer:
+        """A fault of the instruction is delivered."""
+        code, address = out.error_code, out.address if vector == PF else 0
+        return self._event(guest, frame, vector, code) or Answer(out.status, code, 0, address)
+
+    def _event(self, guest: Guest, frame: Frame, vector: int, code: int = 0) -> Answer | None:
+        """Delivers an event, and runs its handler; an answer if it has become another one."""
+        delivery = Delivery(guest.cpu, frame)
+        came = delivery.deliver(vector, code)
+        if came is None:
+            return Answer("shutdown")
+        name = {PF: "pf", GP: "gp", DF: "df", BP: "bp", SYS: "back"}[came]
+        guest.cpu.fetch(guest.labels[f"{name}_entry"])
+        delivery.pop(guest.labels[f"{name}_entry"])
+        guest.cpu.hlt(rip=guest.labels[f"{name}_hlt"])
+        if came == vector:
+            return None
+        if came == DF:
+            return Answer("double_fault")
+        return Answer("page_fault", delivery.code, 0, delivery.address)
+
+    def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
         """The instruction under test."""
+        cpu, ac = guest.cpu, bool(op.flags & AC)
         if op.op == "read":
-            return cpu.read(op.addr, op.size, user, rip=rip)
+            return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
         if op.op in STORES:
             value = op.expected if op.op == "stos" else op.value
-            return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip)
+            if op.size == 16:
+                value |= op.expected << 64
+            return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip, ac=ac)
         if op.op in RMW:
+            operand = {"inc": 1, "bts": 1 << op.value % (8 * op.size)}.get(op.op, op.value)
             expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
-            return cpu.rmw(op.addr, op.value, op.op, op.size, user, rip=rip, **expected)
+            locked = not op.flags & UNLOCKED
+            return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
         if op.op == "rep":
-            return cpu.rep_stos(op.addr, op.expected, op.value, 8, user, rip=rip)
-        if op.op == "fetch":
+            return cpu.rep_stos(op.addr, op.expected, op.value, op.size, user, rip=rip)
+        if op.op == "movs":
+            return cpu.rep_movs(op.addr, op.expected, op.value, op.size, user, rip=rip)
+        if op.op in ("fetch", "run"):
             out = cpu.fetch(rip, user)
-            return cpu.fetch(op.addr, user) if out.status == "done" else out
+            if out.status != "done":
+                return out
+            if op.op == "fetch":
+                return cpu.fetch(op.addr, user, ac=ac)
+            return cpu.write(op.expected, op.value, op.size, user, rip=op.addr, length=op.length, ac=ac)
+        if op.op in ("int3", "idt"):
+            return cpu.fetch(rip, user)
         if op.op == "invlpg":
             return cpu.invlpg(op.addr, rip=rip)
         if op.op == "efer":
             return cpu.wrmsr_efer(op.value, rip=rip)
         return getattr(cpu, f"load_{op.op}")(op.addr, rip=rip)
-
-    def _deliver(self, cpu: Any, vector: int, user: bool, rip: int, code: int) -> None:
-        """The accesses of the CPU while it delivers an exception: IDT, GDT, from CPL 3 the TSS, six pushes."""
-        for at in (RT + 0x900 + vector * 16, RT + 0x808, *([RT + 0xA04] if user else [])):
-            cpu.read(at, 8, user, delivery=True)
-        top = RT + (0xFF0 if user else 0xFE0)
-        frame = (USER_SS if user else SS, top, FRAME_FLAGS, USER_CS if user else CS, rip, code)
-        for i, v in enumerate(frame, 1):
-            cpu.write(top - 8 * i, v, 8, user, delivery=True)

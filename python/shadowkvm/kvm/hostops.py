@@ -1,0 +1,84 @@
+"""What the host of a case does between two runs of the guest."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from shadowkvm.kvm.case import HOST_OPS, Op
+
+__all__ = ["HostOps"]
+
+
+class HasMode(Protocol):
+    """A vCPU as the driver keeps it."""
+
+    cpu: Any
+    stack: int
+
+    def mode(self, efer: int) -> None:
+        """The host has set the registers."""
+
+
+class HostOps:
+    """The host's side of the driver: one method for each operation of `HOST_OPS`."""
+
+    def __init__(self, vm: Any) -> None:
+        self.vm = vm
+
+    def knows(self, op: Op) -> bool:
+        """Is it the host that does this?"""
+        return op.op in HOST_OPS
+
+    def do(self, op: Op, guest: HasMode) -> int:
+        """Do it; the number that the answer holds."""
+        answer: int | None = getattr(self, op.op)(op, guest)
+        return answer or 0
+
+    def hwrite(self, op: Op, _guest: HasMode) -> None:
+        """A store of user space."""
+        self.vm.write_memory(op.addr, op.value.to_bytes(8, "little")[: op.size])
+
+    def hread(self, op: Op, _guest: HasMode) -> None:
+        """User space looks at pages; absent ones become the zero page."""
+        self.vm.host_read(op.addr, op.value)
+
+    def dirty(self, op: Op, _guest: HasMode) -> None:
+        """A slot's dirty log is switched."""
+        self.vm.set_dirty_log(op.slot, bool(op.flags & 1))
+
+    def dirtylog(self, op: Op, _guest: HasMode) -> int:
+        """KVM_GET_DIRTY_LOG; how many pages."""
+        return len(self.vm.get_dirty_log(op.slot))
+
+    def cleardirty(self, op: Op, _guest: HasMode) -> None:
+        """KVM_CLEAR_DIRTY_LOG, the same word for every 64 pages."""
+        self.vm.clear_dirty_log(op.slot, op.addr, op.value, op.expected.to_bytes(8, "little") * -(-op.value // 64))
+
+    def unmap(self, op: Op, _guest: HasMode) -> None:
+        """MADV_DONTNEED."""
+        self.vm.notifier_unmap(op.addr, op.value)
+
+    def quota(self, op: Op, _guest: HasMode) -> None:
+        """KVM_SET_NR_MMU_PAGES."""
+        self.vm.set_page_quota(op.value)
+
+    def slot_add(self, op: Op, _guest: HasMode) -> None:
+        """A memslot comes."""
+        self.vm.add_slot(op.slot, op.addr, op.value, readonly=bool(op.flags & 2), dirty_log=bool(op.flags & 1))
+
+    def slot_del(self, op: Op, _guest: HasMode) -> None:
+        """A memslot goes."""
+        self.vm.delete_slot(op.slot)
+
+    def slot_move(self, op: Op, _guest: HasMode) -> None:
+        """A memslot moves to another address."""
+        self.vm.move_slot(op.slot, op.addr)
+
+    def set_sregs(self, op: Op, guest: HasMode) -> None:
+        """KVM_SET_SREGS; segments and IDT follow the mode."""
+        guest.cpu.set_sregs(cr0=op.value, cr3=op.addr, cr4=op.expected, efer=op.flags)
+        guest.mode(op.flags)
+
+    def stack(self, op: Op, guest: HasMode) -> None:
+        """Where the supervisor's stack begins: RSP of the next runs and in the TSS."""
+        guest.stack = op.addr
