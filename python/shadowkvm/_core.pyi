@@ -53,8 +53,16 @@ class Vcpu:
     def counters(self) -> dict[str, int]: ...
     def counter_values(self) -> list[int]: ...
     def set_sregs(
-        self, *, cr0: int | None = None, cr3: int | None = None, cr4: int | None = None, efer: int | None = None
+        self,
+        *,
+        cr0: int | None = None,
+        cr3: int | None = None,
+        cr4: int | None = None,
+        efer: int | None = None,
+        cs_l: bool | None = None,
     ) -> None: ...
+    def invpcid(self, kind: int, gva: int, *, rip: int | None = None) -> Outcome: ...
+    def set_pkru(self, value: int) -> None: ...
     def read(
         self,
         gva: int,
@@ -148,5 +156,6 @@ class Vm:
     ) -> list[
         tuple[int, int, int, str, bool, bool, bool, int, int, int, int, int, list[tuple[int, int]], list[int]]
     ]: ...
-    # (current root's id or -1, those of the cached roots) for each vCPU
-    def roots(self) -> list[tuple[int, list[int]]]: ...
+    # (ids of the current root's pages: none, one, or the four of a PAE root; those of the cached roots; -1: none)
+    # for each vCPU
+    def roots(self) -> list[tuple[list[int], list[int]]]: ...

@@ -34,6 +34,15 @@ pub const MAX_VCPUS: usize = 255;
 /// Bytes of guest memory of one VM.
 pub const MAX_MEMORY: u64 = 1 << 42;
 
+/// Who makes the CPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Vendor {
+    /// AMD: bit 8 of entries of the two uppermost levels is reserved.
+    Amd,
+    /// Intel: it is ignored.
+    Intel,
+}
+
 /// What the CPU and the guest's CPUID offer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CpuFeatures {
@@ -51,6 +60,15 @@ pub struct CpuFeatures {
     pub gbpages: bool,
     /// PCID in CPUID.
     pub pcid: bool,
+    /// INVPCID in CPUID.
+    pub invpcid: bool,
+    /// 5-level paging in CPUID.
+    pub la57: bool,
+    /// Protection keys in CPUID. KVM offers them only with nested paging, so no profile has them
+    /// (`kvm_set_cpu_caps`, 6.1); the rules are there to look at.
+    pub pku: bool,
+    /// Whose reserved bits hold.
+    pub vendor: Vendor,
     /// Guest physical address bits.
     pub maxphyaddr: u32,
 }
@@ -64,6 +82,10 @@ pub const ZEN: CpuFeatures = CpuFeatures {
     rmw_reads_first: false,
     gbpages: true,
     pcid: true,
+    invpcid: true,
+    la57: true,
+    pku: false,
+    vendor: Vendor::Amd,
     maxphyaddr: 48,
 };
 
@@ -76,6 +98,10 @@ pub const QEMU_TCG: CpuFeatures = CpuFeatures {
     rmw_reads_first: true,
     gbpages: true,
     pcid: false,
+    invpcid: false,
+    la57: false,
+    pku: false,
+    vendor: Vendor::Amd,
     maxphyaddr: 40,
 };
 

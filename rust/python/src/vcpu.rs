@@ -315,8 +315,29 @@ impl Vcpu {
         self.control(py, Control::Io, rip)
     }
 
+    /// INVPCID of type 0 to 3 with its 16-byte descriptor (PCID, address) at guest virtual address `gva`.
+    #[pyo3(signature = (kind, gva, *, rip=None))]
+    fn invpcid(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] kind: u64,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
+        self.control(py, Control::Invpcid(kind, gva), rip)
+    }
+
+    /// WRPKRU: the rights of the 16 protection keys, two bits each. It does not exit.
+    fn set_pkru(&self, py: Python<'_>, #[pyo3(from_py_with = word)] value: u64) -> PyResult<()> {
+        let value =
+            u32::try_from(value).map_err(|_| errors::refused(format!("pkru {value:#x} has more than 32 bits")))?;
+        self.vm.try_borrow_mut(py)?.engine.set_pkru(self.index, value).map_err(errors::config)
+    }
+
     /// Sets control registers as user space does; those that are None stay.
-    #[pyo3(signature = (*, cr0=None, cr3=None, cr4=None, efer=None))]
+    ///
+    /// `cs_l`: whether the code segment is a 64-bit one; None: it is in long mode, as long as the mode does not change.
+    #[pyo3(signature = (*, cr0=None, cr3=None, cr4=None, efer=None, cs_l=None))]
     fn set_sregs(
         &self,
         py: Python<'_>,
@@ -324,15 +345,18 @@ impl Vcpu {
         #[pyo3(from_py_with = maybe_word)] cr3: Option<u64>,
         #[pyo3(from_py_with = maybe_word)] cr4: Option<u64>,
         #[pyo3(from_py_with = maybe_word)] efer: Option<u64>,
+        cs_l: Option<bool>,
     ) -> PyResult<()> {
         let mut vm = self.vm.try_borrow_mut(py)?;
         let old = vm.engine.vcpus()[self.index].regs;
-        let regs = Registers {
+        let mut regs = Registers {
             cr0: cr0.unwrap_or(old.cr0),
             cr3: cr3.unwrap_or(old.cr3),
             cr4: cr4.unwrap_or(old.cr4),
             efer: efer.unwrap_or(old.efer),
+            cs_l: old.cs_l,
         };
+        regs.cs_l = cs_l.unwrap_or(if regs.lma() == old.lma() { old.cs_l } else { regs.lma() });
         vm.engine.set_sregs(self.index, regs).map_err(errors::config)
     }
 
@@ -344,6 +368,7 @@ impl Vcpu {
         for (name, value) in [("cr0", regs.cr0), ("cr3", regs.cr3), ("cr4", regs.cr4), ("efer", regs.efer)] {
             out.set_item(name, value)?;
         }
+        out.set_item("cs_l", u64::from(regs.cs_l))?;
         Ok(out)
     }
 

@@ -6,12 +6,13 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
+use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
 use shadowkvm_core::memory::HostState;
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
 use shadowkvm_core::policy::{POLICIES, builtin};
-use shadowkvm_core::types::Gpa;
+use shadowkvm_core::types::{Gpa, PageId};
 
 /// What a run came to, as a tuple: see `_core.pyi`.
 type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, pyo3::types::PyBytes>>);
@@ -217,10 +218,17 @@ impl Vm {
         arena.live().into_iter().map(page).collect()
     }
 
-    /// For each vCPU the page of its current root and of its previous ones, -1 for none.
-    fn roots(&self) -> Vec<(i64, Vec<i64>)> {
-        let number = |root: &shadowkvm_core::cpu::Root| root.page.map_or(-1, |id| i64::from(id.0));
-        self.engine.vcpus().iter().map(|v| (number(&v.root), v.prev_roots.iter().map(number).collect())).collect()
+    /// For each vCPU the pages of its current root (none, one, or the four of a PAE root) and the page of each of its
+    /// previous ones; -1 for none.
+    fn roots(&self) -> Vec<(Vec<i64>, Vec<i64>)> {
+        let number = |id: Option<PageId>| id.map_or(-1, |id| i64::from(id.0));
+        let current = |root: &Root| match root.top {
+            Top::None => Vec::new(),
+            Top::Page(id) => vec![i64::from(id.0)],
+            Top::Pae(pages) => pages.into_iter().map(number).collect(),
+        };
+        let previous = |roots: &[Root]| roots.iter().map(|root| number(root.page())).collect();
+        self.engine.vcpus().iter().map(|v| (current(&v.root), previous(&v.prev_roots))).collect()
     }
 }
 

@@ -55,13 +55,15 @@ impl Vm {
     #[inline]
     pub(crate) fn execute_plain(&mut self, vcpu: usize, plain: &Plain) -> Option<u64> {
         let cpu = self.vcpus.get_mut(vcpu)?;
-        let (root, offset) = (cpu.root.page?, plain.gva.offset());
-        if cpu.requests != Requests::default() || !plain.gva.is_canonical() || offset + u64::from(plain.size) > 4096 {
+        let (table, offset) = (Some(cpu.root.table(plain.gva)?), plain.gva.offset());
+        let role = &cpu.role;
+        let plainly = cpu.requests == Requests::default() && role.mode.takes(plain.gva) && !role.pke;
+        if !plainly || offset + u64::from(plain.size) > 4096 {
             return None;
         }
-        let role = &cpu.role;
-        let view = CpuView { user: plain.user, smep: role.smep, smap: role.smap && !plain.ac, rsvd_sets_p: true };
-        let frame = access(&mut self.shadow, root, plain.gva, plain.kind, view).ok()?;
+        let smap = role.smap && !plain.ac;
+        let view = CpuView { user: plain.user, smep: role.smep, smap, rsvd_sets_p: true, key0: 0 };
+        let frame = access(&mut self.shadow, table, plain.gva, plain.kind, view).ok()?;
         cpu.counters.x_ops += 1;
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | offset);
@@ -161,11 +163,14 @@ impl Ctx<'_> {
 
     #[inline]
     fn access_page(&mut self, gva: Gva, kind: AccessKind, view: CpuView, operand: bool) -> Result<Option<Gfn>, Trap> {
-        if !gva.is_canonical() {
+        if !self.vcpu.role.mode.takes(gva) {
             return Err(Trap::GeneralProtection);
         }
-        let Some(root) = self.vcpu.root.page else { return Err(Trap::GeneralProtection) };
-        access(self.shadow, root, gva, kind, view).map_err(|code| Trap::Fault { gva, code, operand })
+        access(self.shadow, self.vcpu.root.table(gva), gva, kind, view).map_err(|code| Trap::Fault {
+            gva,
+            code,
+            operand,
+        })
     }
 
     /// The load, store, or both: every page is there and allows it. `None` is the zero page.

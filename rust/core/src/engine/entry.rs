@@ -7,7 +7,7 @@ impl Ctx<'_> {
     /// Serves what is pending until nothing is, so that the guest can run. `false`: the vCPU shuts down.
     #[inline]
     pub(crate) fn enter(&mut self) -> bool {
-        if self.vcpu.requests == Requests::default() && self.vcpu.root.page.is_some() {
+        if self.vcpu.requests == Requests::default() && self.vcpu.root.is_loaded() {
             return true;
         }
         self.enter_slowly()
@@ -19,7 +19,7 @@ impl Ctx<'_> {
             if !self.serve_requests() {
                 return false;
             }
-            if self.vcpu.root.page.is_none() {
+            if !self.vcpu.root.is_loaded() {
                 let (loaded, flush) = self.shadow.load_root(self.vcpu);
                 self.pay(flush);
                 if !loaded {

@@ -1,6 +1,6 @@
 //! The instruction emulator, as far as the shadow MMU can see it (`x86_emulate_instruction`, 6.1).
 
-use crate::cpu::Vcpu;
+use crate::bits::CR4_PAE;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx, Stop};
 use crate::guest::permission::permission_fault;
@@ -181,7 +181,8 @@ impl Ctx<'_> {
         let user = insn.user && !insn.implicit();
         let mut access = ErrorCode::U.when(user).with(ErrorCode::W.when(write));
         let cached = self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
-        if cached && !permission_fault(&self.vcpu.role, self.vcpu.mmio.access, access, insn.ac) {
+        let paging = self.vcpu.role.mode.has_tables();
+        if cached && !(paging && permission_fault(&self.vcpu.role, self.vcpu.mmio.access, access, insn.ac)) {
             let gpa = Gpa(self.vcpu.mmio.gfn.gpa().0 | gva.offset());
             self.shadow.events.match_mmio(gva, gpa, write, false);
             return Ok(Operand::Mmio(gpa));
@@ -193,7 +194,7 @@ impl Ctx<'_> {
         if gpa.gfn().0 == APIC_GFN {
             return Ok(Operand::Mmio(gpa));
         }
-        if mmio_gfn_matches(self.vcpu, gpa, self.shadow.memory.generation) {
+        if self.vcpu.mmio_gfn_matches(gpa.gfn(), self.shadow.memory.generation) {
             self.shadow.events.match_mmio(gva, gpa, write, true);
             return Ok(Operand::Mmio(gpa));
         }
@@ -257,7 +258,7 @@ impl Ctx<'_> {
             }
         }
         self.shadow.memory.mark_dirty(gpa.gfn());
-        let flush = self.shadow.pte_write(gpa, size);
+        let flush = self.shadow.pte_write(gpa, size, self.vcpu.regs.cr4 & CR4_PAE != 0);
         self.pay(flush);
     }
 
@@ -284,10 +285,6 @@ impl Ctx<'_> {
         self.write_ram(insn, gpa, insn.size, new);
         Ok(())
     }
-}
-
-fn mmio_gfn_matches(vcpu: &Vcpu, gpa: Gpa, generation: u64) -> bool {
-    vcpu.mmio.gfn == gpa.gfn() && vcpu.mmio.gfn.0 != 0 && vcpu.mmio.generation == generation
 }
 
 /// The frame of the local APIC's default page.

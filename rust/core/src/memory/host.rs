@@ -144,42 +144,44 @@ impl Host {
         self.region(gfn)?.pages[index(gfn)].as_deref()
     }
 
-    /// The entry `index` of a table page.
+    /// The entry `index` of a table page with entries of 4 or 8 bytes.
     #[inline]
     #[must_use]
-    pub fn entry(&self, gfn: Gfn, index: usize) -> u64 {
-        self.page(gfn).map_or(0, |page| page[index])
+    pub fn entry(&self, gfn: Gfn, at: usize, bytes: u8) -> u64 {
+        self.page(gfn).map_or(0, |page| entry(page, at, bytes))
     }
 
-    /// The 8 entries of the aligned group that holds `index`.
+    /// The 8 entries of the aligned group that holds entry `at`.
     #[inline]
     #[must_use]
-    pub fn entry_group(&self, gfn: Gfn, index: usize) -> [u64; 8] {
-        let first = index & !7;
-        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| page[first + i]))
+    pub fn entry_group(&self, gfn: Gfn, at: usize, bytes: u8) -> [u64; 8] {
+        let first = at & !7;
+        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
     }
 
-    /// The state of a table's page and its entry `index`, found in one look.
+    /// The state of a table's page and its entry `at`, found in one look.
     #[inline]
     #[must_use]
-    pub fn state_and_entry(&self, gfn: Gfn, at: usize) -> (HostState, u64) {
+    pub fn state_and_entry(&self, gfn: Gfn, at: usize, bytes: u8) -> (HostState, u64) {
         match self.region(gfn) {
-            Some(region) => (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| page[at])),
+            Some(region) => {
+                (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| entry(page, at, bytes)))
+            }
             None => (initial_state(gfn.0, self.populated), 0),
         }
     }
 
-    /// 64 entries of a table page, from entry `64 * word` on.
+    /// 64 entries of a table page, from entry `first` on.
     #[inline]
     #[must_use]
-    pub fn entries(&self, gfn: Gfn, word: usize) -> [u64; 64] {
-        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| page[64 * word + i]))
+    pub fn entries(&self, gfn: Gfn, first: usize, bytes: u8) -> [u64; 64] {
+        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
     }
 
-    /// Sets the entry `index` of a table page.
+    /// Sets the entry `at` of a table page.
     #[inline]
-    pub fn set_entry(&mut self, gfn: Gfn, index: usize, value: u64) {
-        self.write(Gpa(gfn.gpa().0 + 8 * index as u64), 8, value);
+    pub fn set_entry(&mut self, gfn: Gfn, at: usize, bytes: u8, value: u64) {
+        self.write(Gpa(gfn.gpa().0 + u64::from(bytes) * at as u64), bytes, value);
     }
 
     /// The little-endian value of `size` (1 to 8) bytes that lie inside one page.
@@ -248,6 +250,12 @@ impl Host {
     }
 }
 
+/// Entry `at` of a table with entries of 4 or 8 bytes.
+#[inline]
+const fn entry(page: &Page, at: usize, bytes: u8) -> u64 {
+    if bytes == 8 { page[at] } else { page[at / 2] >> (32 * (at & 1)) & 0xffff_ffff }
+}
+
 #[inline]
 const fn index(gfn: Gfn) -> usize {
     gfn.0 as usize & (ENTRIES - 1)
@@ -277,6 +285,16 @@ mod tests {
         }
         host.write_bytes(Gpa(0x1ffd), &[1, 2, 3, 4, 5]);
         assert_eq!(host.read_bytes(Gpa(0x1ffc), 7), [0, 1, 2, 3, 4, 5, 0]);
+    }
+
+    #[test]
+    fn entries_of_4_bytes_are_halves_of_words() {
+        let mut host = Host::new(4);
+        host.write(Gpa(0x1000), 8, 0x1111_2222_3333_4444);
+        host.set_entry(Gfn(1), 3, 4, 0x5555_6666);
+        assert_eq!(host.entry(Gfn(1), 0, 8), 0x1111_2222_3333_4444);
+        assert_eq!(host.entry_group(Gfn(1), 2, 4)[..4], [0x3333_4444, 0x1111_2222, 0, 0x5555_6666]);
+        assert_eq!(host.entry(Gfn(1), 1, 8), 0x5555_6666_0000_0000);
     }
 
     #[test]

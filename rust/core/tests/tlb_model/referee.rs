@@ -99,7 +99,7 @@ impl Referee {
                 continue;
             }
             for first in (0..512).step_by(64) {
-                let new = vm.shadow().memory.host.entries(Gfn(gfn), first / 64);
+                let new = vm.shadow().memory.host.entries(Gfn(gfn), first, 8);
                 let Some(words) = self.memory.frame(gfn) else { continue };
                 let old: [u64; 64] = words[first..first + 64].try_into().expect("64 words");
                 if new == old {
