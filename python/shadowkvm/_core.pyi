@@ -74,6 +74,7 @@ class Vcpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
+        soft: bool = False,
     ) -> Outcome: ...
     def write(
         self,
@@ -88,6 +89,7 @@ class Vcpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
+        soft: bool = False,
     ) -> Outcome: ...
     def rmw(
         self,

@@ -64,18 +64,18 @@ class Delivery:
         """All accesses of one delivery; the outcome of the first that the guest's tables forbid."""
         f, word = self.frame, self.frame.bits // 8
         labels = LABELS[f.bits]
-        soft = f.rip if vector in SOFT else None
+        how = {"delivery": True, "soft": vector in SOFT, "rip": f.rip}
         stack = self._stack(vector)
         tables = [f.idt + vector * 2 * word, LABELS[64]["gdt"] + CODE[f.bits]]
         if f.user or (f.bits == 64 and vector == DF):
             tables.append(labels["tss"] + 4)
         for at in tables:
-            out = self.cpu.read(at, word, f.user, delivery=True, soft=soft)
+            out = self.cpu.read(at, word, f.user, **how)
             if out.status != "done":
                 return out
         for value in self._values(vector, code):
             stack -= word
-            out = self.cpu.write(stack, value, word, f.user, delivery=True, soft=soft)
+            out = self.cpu.write(stack, value, word, f.user, **how)
             if out.status != "done":
                 return out
         self.top = stack

@@ -152,12 +152,15 @@ class Driver:
     def _way_back(self, guest: Guest, frame: Frame, op: Op, end: int) -> Answer | None:
         """From a stub of CPL 3, or from where a jump led: SYSCALL, in 32-bit code INT 0x80. An answer: it was lost."""
         cpu = guest.cpu
+        frame.rip = end
         if op.op != "fetch":
-            cpu.fetch(end, frame.user)
+            for at in (end, end + 1) if end & 0xFFF == 0xFFF else (end,):  # both bytes of it
+                out = cpu.fetch(at, frame.user)
+                if out.status == "page_fault":
+                    return self._fault(guest, frame, PF, out)
         if guest.bits == 64:
             cpu.hlt(rip=guest.labels["k_back"])
             return None
-        frame.rip = end
         return self._event(guest, frame, SYS)
 
     def _fault(self, guest: Guest, frame: Frame, vector: int, out: Any) -> Answer:

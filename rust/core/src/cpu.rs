@@ -290,6 +290,7 @@ requests! {
     TLB_FLUSH_CURRENT 16 "Flush the TLB entries of the current root.";
     TLB_FLUSH_GUEST 32 "As the guest asked: sync, forget unsync previous roots, flush.";
     TRIPLE_FAULT 64 "Shut down.";
+    EVENT 128 "Inject an event.";
 }
 
 impl Requests {
@@ -339,6 +340,8 @@ pub struct Vcpu {
     pub counters: VcpuCounters,
     /// The exception being delivered: vector and error code, for `[reinjected]`.
     pub injected: Option<(u8, u32)>,
+    /// RIP and privilege (CPL 3) of the INT instruction whose event goes in again with `Requests::EVENT`.
+    pub soft_event: (Gva, bool),
 }
 
 impl Vcpu {
@@ -359,6 +362,7 @@ impl Vcpu {
             requests: Requests::default(),
             counters: VcpuCounters::default(),
             injected: None,
+            soft_event: (Gva(0), false),
         }
     }
 

@@ -72,7 +72,7 @@ impl Vcpu {
 }
 
 /// The settings that all accesses have in common.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct How {
     user: bool,
     rip: Option<u64>,
@@ -80,6 +80,7 @@ struct How {
     ac: bool,
     implicit: bool,
     delivery: bool,
+    soft: bool,
 }
 
 fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
@@ -89,11 +90,12 @@ fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
             "size {size} must be 1 to 8 bytes (16 for an SSE load or store and CMPXCHG16B)"
         )));
     }
-    let How { user, rip, length, ac, implicit, delivery } = how;
+    let How { user, rip, length, ac, implicit, delivery, soft } = how;
     if !(1..=15).contains(&length) {
         return Err(errors::refused(format!("length {length} must be 1 to 15, the bytes of an instruction")));
     }
-    Ok(Insn { user, rip, length: length as u8, ac, system: implicit, delivery, ..Insn::new(action, gva, size as u8) })
+    let insn = Insn { user, rip, length: length as u8, ac, system: implicit, ..Insn::new(action, gva, size as u8) };
+    Ok(Insn { delivery: delivery || soft, soft, ..insn })
 }
 
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
@@ -143,8 +145,9 @@ impl Vcpu {
     ///
     /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
     /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
-    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
-    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false))]
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it, `rip` that of the instruction.
+    /// `soft`: the event is INT3 or INT n, whose RIP KVM decodes after an exit on hardware without next RIP.
+    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false, soft=false))]
     fn read(
         &self,
         py: Python<'_>,
@@ -156,8 +159,9 @@ impl Vcpu {
         ac: bool,
         implicit: bool,
         delivery: bool,
+        soft: bool,
     ) -> PyResult<Outcome> {
-        self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery })?)
+        self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery, soft })?)
     }
 
     /// A store of the low `size` bytes of `value` at guest virtual address `gva`, at CPL 3 if `user`.
@@ -167,8 +171,9 @@ impl Vcpu {
     ///
     /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
     /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
-    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
-    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false))]
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it, `rip` that of the instruction.
+    /// `soft`: the event is INT3 or INT n, whose RIP KVM decodes after an exit on hardware without next RIP.
+    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false, soft=false))]
     fn write(
         &self,
         py: Python<'_>,
@@ -182,8 +187,9 @@ impl Vcpu {
         ac: bool,
         implicit: bool,
         delivery: bool,
+        soft: bool,
     ) -> PyResult<Outcome> {
-        let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery })?;
+        let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery, soft })?;
         self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
     }
 
@@ -206,7 +212,7 @@ impl Vcpu {
         ac: bool,
     ) -> PyResult<Outcome> {
         let (kind, writes_tables) = rmw_kind(kind)?;
-        let how = How { user, rip, length, ac, implicit: false, delivery: false };
+        let how = How { user, rip, length, ac, ..How::default() };
         let insn = access(Action::Rmw(kind), gva, size, how)?;
         let locked = locked || kind == RmwKind::Xchg;
         self.run(py, &Insn { value: operand, expected, locked, writes_tables, ..insn })
@@ -222,7 +228,7 @@ impl Vcpu {
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
         ac: bool,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac, implicit: false, delivery: false };
+        let how = How { user, rip, length: 1, ac, ..How::default() };
         self.run(py, &access(Action::Fetch, gva, 1, how)?)
     }
 
@@ -238,7 +244,7 @@ impl Vcpu {
         user: bool,
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
+        let how = How { user, rip, length: 1, ac: false, ..How::default() };
         let insn = access(Action::Store, gva, size, how)?;
         if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
             return Err(errors::refused(format!(

@@ -6,6 +6,7 @@ from shadowkvm.kvm.generate.access import Access
 from shadowkvm.kvm.generate.formats import (
     CR0_PG,
     CR0_WP,
+    CR4_OSFXSR,
     CR4_PAE,
     CR4_PGE,
     CR4_PSE,
@@ -22,7 +23,7 @@ from shadowkvm.kvm.generate.formats import (
     U,
     W,
 )
-from shadowkvm.kvm.generate.image import Space
+from shadowkvm.kvm.generate.image import START, Space
 
 
 class Control(Access):
@@ -130,6 +131,32 @@ class Control(Access):
                 r.choice([self.step_access, self.step_access, self.step_edit, self.step_crs, self.step_mmio])()
         if r.random() < (0.6 if self.about == "switching" else 0.35):
             self.paging_on(r.choice(self.spaces))
+
+    def step_sregs(self) -> None:
+        """The host sets control registers: another root or right, or another mode."""
+        r, c = self.r, self.cpu
+        space = r.choice(self.spaces) if r.random() < 0.5 else self.space
+        if r.random() < 0.15 and self.guest in ("off", "switched"):
+            return self.host_sets(c.cr0 & ~CR0_PG, c.cr3 & 0xFFFFFFFF, c.cr4 & ~CR4_PAE, c.efer & EFER_NX)
+        cr4, efer = START[space.form]
+        keep = CR4_PGE | CR4_PSE | CR4_OSFXSR | CR4_SMEP | CR4_SMAP
+        cr4 = c.cr4 & keep | cr4 & CR4_PAE
+        efer = efer & ~EFER_NX | c.efer & EFER_NX
+        cr0 = c.cr0 | CR0_PG
+        cr3 = c.cr3 if c.cr3 & ~0x18 in space.roots and r.random() < 0.5 else r.choice(space.roots)
+        x = r.random()
+        cr0 ^= CR0_WP * (x < 0.2)
+        cr4 ^= r.choice([CR4_PGE, CR4_PSE, CR4_SMEP, CR4_SMAP]) * (0.2 <= x < 0.4)
+        efer ^= EFER_NX * (0.4 <= x < 0.5)
+        return self.host_sets(cr0, cr3, cr4, efer)
+
+    def host_sets(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+        """KVM_SET_SREGS; PAE's entries are loaded, and refused ones taken for absent."""
+        c = self.cpu
+        self.emit("set_sregs", addr=cr3, value=cr0, expected=cr4, flags=efer)
+        c.cr0, c.cr3, c.cr4, c.efer = cr0, cr3, cr4, efer
+        if c.form is PAE:
+            c.load_pdptes(self.mem)
 
     def paging_on(self, space: Space) -> None:
         """Paging of this kind; CR3 and CR4 are changed as far as need be, in any order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from shadowkvm.kvm.generate.cpu import Cpu
 from shadowkvm.kvm.generate.formats import FULL, LONG, NX, PAE, PCD, PS, PWT, TWO, A, D, G, P, U, W
 from shadowkvm.kvm.generate.image import EXTRA, MB, Image, Space
 
@@ -14,6 +15,16 @@ RESERVED: Final = {LONG: [1 << 45, 1 << 51, 1 << 40], PAE: [1 << 45, 1 << 62, 1 
 
 class Entries(Image):
     """A guest that can draw entries."""
+
+    @property
+    def cpu(self) -> Cpu:
+        """The vCPU that runs now."""
+        return self.cpus[self.vcpu]
+
+    @property
+    def working(self) -> list[int]:
+        """Addresses that are used again and again, by the code that the vCPU runs."""
+        return self._working.setdefault(self.cpu.bits, [])
 
     def mmio_gfn(self, space: Space) -> int:
         """A frame without memory."""

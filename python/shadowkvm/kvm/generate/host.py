@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shadowkvm.kvm.generate.control import Control
 from shadowkvm.kvm.generate.formats import FULL, WAYS_BACK, A, D, W
-from shadowkvm.kvm.generate.image import EXTRA, Space
+from shadowkvm.kvm.generate.image import EXTRA, MB, Space
 from shadowkvm.kvm.generate.memory import READONLY
 
 
@@ -77,7 +77,7 @@ class Host(Control):
         data = value.to_bytes(size, "little")
         if self.mem.backed(gpa >> 12) and self.mem.safe(gpa, data):
             self.mem.put(gpa, data)
-            self.emit("hwrite", addr=gpa, value=value, size=size)
+            self.emit("hwrite", addr=self.mem.host(gpa >> 12) << 12 | gpa & 0xFFF, value=value, size=size)
 
     def host_edit(self, space: Space, level: int, table: int) -> None:
         """User space edits an entry."""
@@ -119,6 +119,7 @@ class Host(Control):
             return
         if self.huge and any(self.huge[0] << 8 <= g < self.huge[1] << 8 for g in gone):
             return  # the host would split its page: another story
+        gone = [mem.host(g) for g in gone]
         self.emit("unmap", addr=gone[0] << 12, value=len(gone) << 12)
         for g in gone:
             self.give_back(g)
@@ -134,7 +135,7 @@ class Host(Control):
         ways = [WAYS_BACK[bits][0] for bits in self.ways]
         for i, v in old.items():
             if keep or r.random() < 0.3 or (i in ways and r.random() < 0.7):
-                mem.set(gfn, i, v)
+                mem.pages.setdefault(gfn, {})[i] = v
                 self.emit("hwrite", addr=gfn << 12 | i * 8, value=v, size=8)
 
     def step_slots(self) -> None:
@@ -148,8 +149,12 @@ class Host(Control):
             return
         slot, gpa = r.choice(EXTRA[self.spaces[0].form])
         if slot in mem.slots:
+            gpa = mem.slots[slot][0] << 12
             del mem.slots[slot]
+            mem.moved.pop(slot, None)
             self.emit("slot_del", slot=slot, addr=gpa, value=0)
+            return
+        if mem.backed(gpa >> 12):
             return
         mem.slots[slot] = (gpa >> 12, r.choice([1, 4, 16, 64, 512]), r.choice([0, 0, 1, 2]))
         self.emit("slot_add", slot=slot, addr=gpa, value=mem.slots[slot][1] << 12, flags=mem.slots[slot][2])
@@ -183,6 +188,55 @@ class Host(Control):
                 self.host_edit(self.space, r.choice([1, 1, 2]), (first + r.randrange(min(n, 6))) << 12)
         if r.random() < 0.4:
             self.after_edit()
+
+    def step_move(self) -> None:
+        """A memslot moves, or its flags change."""
+        r, mem = self.r, self.mem
+        slots = [i for i in mem.slots if i]
+        if not slots:
+            self.step_slots()
+            return
+        slot = r.choice(slots)
+        first, n, flags = mem.slots[slot]
+        used = [(f, m) for i, (f, m, _) in mem.slots.items() if i != slot]
+        free = [
+            g
+            for g in (first + 1, first + 4, first - 1, mem.moved.get(slot, first), 80 * MB >> 12, 112 * MB >> 12)
+            if all(g + n <= f or f + m <= g for f, m in used) and g != first
+        ]
+        mem.moved.setdefault(slot, first)
+        if not free:
+            return
+        mem.slots[slot] = (r.choice(free), n, flags)
+        self.emit("slot_move", slot=slot, addr=mem.slots[slot][0] << 12, value=n << 12, flags=flags)
+
+    def step_clear(self) -> None:
+        """KVM_CLEAR_DIRTY_LOG of a part of a slot, after or without a look at the log."""
+        r, mem = self.r, self.mem
+        logged = [i for i, (_, _, flags) in mem.slots.items() if flags & 1]
+        if not logged:
+            self.step_dirty()
+            return
+        slot = r.choice(logged)
+        n = mem.slots[slot][1]
+        if r.random() < 0.5:
+            self.emit("dirtylog", slot=slot)
+        if not self.start.get("manual_dirty"):
+            return
+        first = r.randrange(0, max(1, min(n, 1024) // 64)) * 64
+        pages = min(n - first, r.choice([64, 64, 128, 1024, n]))
+        if (first + pages) % 64 and first + pages != n:
+            return
+        pattern = r.choice([(1 << 64) - 1, (1 << 64) - 1, 0x5555 << 16 | 0xFF0F, r.getrandbits(64), 0])
+        self.emit("cleardirty", slot=slot, addr=first, value=pages, expected=pattern)
+
+    def step_look(self) -> None:
+        """The host reads pages: where none are, the zero page is from then on."""
+        r, mem = self.r, self.mem
+        first, n, _ = mem.slots[r.choice(list(mem.slots))]
+        pages = [g for g in [*self.data, *(t >> 12 for t in self.any_table())] if first <= g < first + n]
+        gfn = r.choice(pages) if pages and r.random() < 0.7 else first + r.randrange(min(n, 16))
+        self.emit("hread", addr=mem.host(gfn) << 12, value=min(r.choice([1, 1, 4, 16]), first + n - gfn) << 12)
 
     def step_quota(self) -> None:
         """The limit of shadow pages changes."""

@@ -40,6 +40,14 @@ INDICES: Final = {
     PAE: {3: [0, 1, 2, 3], 2: [0, 1, 2, 3, 4, 8, 510, 511]},
     TWO: {2: [0, 1, 2, 3, 4, 5, 255, 256, 511, 512, 1022]},
 }
+FORMS: Final[dict[str, list[list[Format]]]] = {
+    "64-bit": [[LONG]],
+    "PAE": [[PAE]],
+    "two-level": [[TWO]],
+    "off": [[PAE, TWO], [PAE], [TWO], [TWO, PAE]],
+    "switched": [[LONG, PAE], [PAE, LONG], [PAE, TWO], [TWO, LONG], [LONG, PAE, TWO], [TWO, PAE, LONG]],
+}
+"""The tables that a guest has; it starts with the first."""
 CR0: Final = 0x80010033
 START: Final = {LONG: (0x20, 0xD01), PAE: (0x20, 0x800), TWO: (0x10, 0)}
 """CR4 and EFER at the start."""
@@ -87,21 +95,22 @@ class Image:
     def __init__(self, seed: int, theme: str) -> None:
         self.r = r = random.Random(seed)  # noqa: S311 - repeatable is what is wanted
         self.seed, self.name = seed, theme
-        self.group, self.about = THEMES[theme].group, THEMES[theme].about
-        chosen = THEMES[theme].weights
+        self.theme = THEMES[theme]
+        self.about, chosen = self.theme.about, self.theme.weights
+        self.guest = r.choice(self.theme.guests)
         self.weights = {
             k: v * 10 ** r.uniform(-0.7, 0.7) * (r.random() > 0.1 or k in chosen) for k, v in {**STEPS, **chosen}.items()
         }
         self.odds = self._odds()
         # Other instructions than MOV and locked OR.
-        self.kinds = self.about in ("instructions", "devices") or r.random() < 0.15
+        self.kinds = self.about in ("instructions", "devices", "code") or r.random() < 0.15
         self.efer_changes = r.random() < (0.7 if self.about in ("control", "nx") else 0.2)
         self.memory_bytes = r.choice([8, 8, 16, 32] if self.about != "quota" else [8]) * MB
         # MiB in host pages of 2 MiB
         self.huge = r.choice([(0, 2), (2, 4), (2, 6), (0, 8), (4, 6)]) if self.about == "huge" else None
         self.mem = Memory()
         self.ops: list[Op] = []
-        self.working: list[int] = []
+        self._working: dict[int, list[int]] = {}
         self.vcpu = 0
         self.cpus: list[Cpu] = []
         self.data: list[int] = []
@@ -134,11 +143,10 @@ class Image:
     def _lay_out(self) -> None:
         r, mem = self.r, self.mem
         mem.slots[0] = (0, self.memory_bytes >> 12, 0)
-        forms = {"64-bit": [LONG], "PAE": [PAE], "two-level": [TWO], "off": r.choice([[PAE, TWO], [PAE], [TWO], [TWO, PAE]])}
-        self.spaces = [Space(form) for form in forms[self.group]]
+        self.spaces = [Space(form) for form in r.choice(FORMS[self.guest])]
         if r.random() < 0.5 or self.has_rom:
             mem.slots[1] = (64 * MB >> 12, r.choice([16, 64, 512]), READONLY * self.has_rom)
-        if self.group in ("PAE", "two-level") and r.random() < 0.4:
+        if self.spaces[0].form is not LONG and r.random() < 0.4:
             mem.slots[2] = (GB4 >> 12, r.choice([64, 512, 1024]), 0)
         self.ways = sorted({s.form.bits for s in self.spaces})
         gfns = list(range(0x10, 0x60))
@@ -167,9 +175,11 @@ class Image:
         cr4 |= (r.random() < 0.15) * CR4_SMEP | (r.random() < 0.1) * CR4_SMAP | CR4_OSFXSR * self.kinds
         cr4 ^= CR4_PSE * (form is TWO and r.random() < 0.25)
         efer ^= EFER_NX * (form is not LONG and r.random() < 0.3)
-        cr0 = CR0 & ~(CR0_PG if self.group == "off" and r.random() < 0.6 else 0)
+        cr0 = CR0 & ~(CR0_PG if self.guest == "off" and r.random() < 0.6 else 0)
         roots = self.spaces[0].roots
         n = 2 if self.about == "vcpus" or r.random() < 0.25 else 1
+        if self.theme.vcpus:
+            n = r.choice([self.theme.vcpus, self.theme.vcpus, self.theme.vcpus + 1])
         self.cpus = [Cpu(r.choice(roots), cr0, cr4, efer) for _ in range(n)]
         first = self.cpus[0]
         self.start: dict[str, Any] = {
@@ -177,6 +187,8 @@ class Image:
             "slots": [Slot(i, f << 12, n << 12, fl) for i, (f, n, fl) in sorted(self.mem.slots.items())],
             **{"cr0": first.cr0, "cr3": first.cr3, "cr4": first.cr4, "efer": first.efer, "vcpus": n},
         }
+        if self.about in ("clear", "memory"):
+            self.start["manual_dirty"] = r.choice([1, 1, 3])
         if self.huge:
             self.start["huge"] = (self.huge[0] * MB, self.huge[1] * MB)
         for v, c in enumerate(self.cpus[1:], 1):
@@ -192,10 +204,13 @@ class Image:
         def take(n: int) -> list[int]:
             return [gfns.pop(0) << 12 for _ in range(min(n, len(gfns)))]
 
+        shared: dict[tuple[int, int], list[int]] = {}
         for space in self.spaces:
             form = space.form
             for level in form.levels:
-                if form.is_pdpt(level):
+                if level < form.top and (form.entry, level) in shared and level <= 2:
+                    space.tables[level] = shared[form.entry, level]  # PAE and 64-bit guests can use each other's
+                elif form.is_pdpt(level):
                     pages = take(r.randint(1, 3))
                     both = sorted({r.choice(pages) + 32 * r.choice([0, 0, 0, 1, 2, 5, 127]) for _ in range(r.randint(3, 9))})
                     space.tables[level] = both
@@ -204,7 +219,8 @@ class Image:
                 else:
                     few, most = {3: (2, 5), 2: (3, 8), 1: (4, 22 if many else 11)}[level]
                     few, most = {3: (6, 9), 2: (9, 12), 1: (25, 30)}[level] if full else (few, most)
-                    space.tables[level] = take(r.randint(few, most) // len(self.spaces))
+                    space.tables[level] = take(max(2, r.randint(few, most) // len(self.spaces)))
+                shared.setdefault((form.entry, level), space.tables[level])
                 for table in space.tables[level] if level == form.top else space.tables[level][: r.randint(1, 2)]:
                     self.mem.guard(form, level, table)
             space.roots = list(space.tables[form.top])

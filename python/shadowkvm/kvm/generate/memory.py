@@ -18,16 +18,25 @@ class Memory:
     def __init__(self) -> None:
         self.pages: dict[int, dict[int, int]] = {}
         self.slots: dict[int, tuple[int, int, int]] = {}  # id -> (first gfn, gfns, flags)
+        self.moved: dict[int, int] = {}  # id -> gfn at which a slot's memory was when it came
         self.stub: dict[tuple[str | int, int], set[int]] = {}  # (what kind, level) -> tables on the way to the stubs
         self.guarded: dict[int, tuple[Format, int, int]] = {}  # address of an entry -> format, level, index
 
+    def host(self, gfn: int) -> int:
+        """The host's name for a page: its gfn, but that of before if its slot has moved."""
+        for slot, home in self.moved.items():
+            first, n, _ = self.slots.get(slot, (0, 0, 0))
+            if first <= gfn < first + n:
+                return home + gfn - first
+        return gfn
+
     def get(self, gfn: int, index: int) -> int:
         """The qword there."""
-        return self.pages.get(gfn, {}).get(index, 0)
+        return self.pages.get(self.host(gfn), {}).get(index, 0)
 
     def set(self, gfn: int, index: int, value: int) -> None:
         """Make it that."""
-        self.pages.setdefault(gfn, {})[index] = value
+        self.pages.setdefault(self.host(gfn), {})[index] = value
 
     def entry(self, gpa: int, size: int) -> int:
         """The entry of `size` bytes at an address."""

@@ -4,28 +4,29 @@
 
 A guest with several roots that share tables, self-maps, aliases, large pages; its tables are mapped at their own
 addresses, so that it can edit every level. Each case draws its own mix of operations, so that some are full of unsync
-tables, some of flooding, MMIO and so on. Groups of themes: 64-bit, PAE, two-level and paging off.
+tables, some of flooding, MMIO and so on. Groups of themes: 64-bit, PAE, two-level, paging off, several vCPUs, and the
+host's actions.
 """
 
 from __future__ import annotations
 
 from shadowkvm.errors import TraceError
 from shadowkvm.kvm.case import Case
-from shadowkvm.kvm.generate.host import Host
+from shadowkvm.kvm.generate.events import Events
 from shadowkvm.kvm.generate.themes import GROUPS, THEMES
 
 __all__ = ["GROUPS", "THEMES", "Generator", "generate"]
 
 
-class Generator(Host):
+class Generator(Events):
     """Makes one case."""
 
     def generate(self, ops: int) -> Case:
         """The case, with that many operations."""
         names = list(self.weights)
         while len(self.ops) < ops:
-            if len(self.cpus) > 1 and self.r.random() < 0.25:
-                self.vcpu ^= 1
+            if len(self.cpus) > 1 and self.r.random() < 0.3:
+                self.vcpu = self.r.randrange(len(self.cpus))
             getattr(self, f"step_{self.r.choices(names, list(self.weights.values()))[0]}")()
         return Case(seed=self.seed, theme=self.name, **self.start, pages=self.image, ops=self.ops[:ops])
 

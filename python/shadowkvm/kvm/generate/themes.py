@@ -28,8 +28,7 @@ STEPS: Final[dict[str, float]] = {
     "slots": 0,
     "quota": 0.2,
     "rom": 0,
-    "pdpt": 0,
-    "paging": 0,
+    **dict.fromkeys(("pdpt", "paging", "sregs", "move", "clear", "look", "idt", "stack", "int3", "run"), 0.0),
 }
 """How often each kind of step is taken, before the case's theme and its dice."""
 
@@ -39,10 +38,14 @@ class Theme:
     """What a case is about."""
 
     group: str
-    """The guest: "64-bit", "PAE", "two-level", "off" (paging off, and switched)."""
+    """One of `GROUPS`."""
     about: str
     weights: dict[str, float]
     """The steps that it takes more often."""
+    guests: tuple[str, ...]
+    """The paging that the guest may run with, each a key of `PAGING`; one is drawn."""
+    vcpus: int = 0
+    """How many; 0: drawn."""
 
 
 ABOUT: Final[dict[str, dict[str, float]]] = {
@@ -72,11 +75,40 @@ MORE: Final[dict[str, dict[str, dict[str, float]]]] = {
     "off": {"switching": {"paging": 15, "edit": 20}, "wp": {"crs": 12, "paging": 8}},
 }
 ALWAYS: Final[dict[str, dict[str, float]]] = {"64-bit": {}, "PAE": {"pdpt": 2}, "two-level": {}, "off": {"paging": 4}}
-"""Steps that every theme of a group takes."""
-GROUPS: Final = tuple(MORE)
-THEMES: Final[dict[str, Theme]] = {
-    (about if group == "64-bit" else f"{group} {about}"): Theme(group, about, {**ALWAYS[group], **weights})
-    for group in GROUPS
-    for about, weights in {**ABOUT, **MORE[group]}.items()
+"""Steps that every theme of a guest takes."""
+SHARED: Final = ("everything", "unsync", "flood", "user", "roots", "control", "dirty", "quota", "self", "partial")
+"""What cases with several vCPUs are about."""
+HOST: Final[dict[str, dict[str, float]]] = {
+    "registers": {"sregs": 15, "edit": 30, "cr3": 8},
+    "move": {"move": 4, "slots": 1, "mmio": 6},
+    "clear": {"dirty": 5, "clear": 8, "access": 50},
+    "pages": {"unmap": 8, "look": 8, "host": 4, "access": 40},
+    "quota": {"quota": 6, "tour": 12, "scan": 4, "switch": 8},
+    "delivery": {"idt": 6, "stack": 6, "int3": 6, "dirty": 2, "access": 40},
+    "code": {"run": 15, "int3": 3, "edit": 30, "dirty": 1},
+    "memory": {"move": 2, "slots": 2, "unmap": 3, "look": 2, "dirty": 2, "clear": 2, "rom": 6, "sregs": 2, "quota": 1},
 }
+"""What cases of the host's actions are about."""
+PAGING: Final = ("64-bit", "PAE", "two-level", "off", "switched")
+"""Of a guest: "off" starts often without paging, "switched" is a guest whose mode the host changes."""
+
+
+def _themes() -> dict[str, Theme]:
+    out = {}
+    for guest, more in MORE.items():
+        for about, weights in {**ABOUT, **more}.items():
+            name = about if guest == "64-bit" else f"{guest} {about}"
+            out[name] = Theme(guest, about, {**ALWAYS[guest], **weights}, (guest,))
+    for guest in MORE:
+        for about in SHARED:
+            weights = {**ALWAYS[guest], **ABOUT[about]}
+            out[f"vcpus {guest} {about}"] = Theme("vcpus", about, weights, (guest,), 2)
+    for about, weights in HOST.items():
+        guests = ("switched",) if about == "registers" else PAGING
+        out[f"host {about}"] = Theme("host", about, weights, guests)
+    return out
+
+
+THEMES: Final = _themes()
 """By the name that a case bears. A seed's theme is its remainder among those of its group."""
+GROUPS: Final = ("64-bit", "PAE", "two-level", "off", "vcpus", "host")

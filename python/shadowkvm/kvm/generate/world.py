@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shadowkvm.kvm.case import UNLOCKED
-from shadowkvm.kvm.generate.cpu import Cpu, Hit
+from shadowkvm.kvm.generate.cpu import Hit
 from shadowkvm.kvm.generate.entries import MMIO_GFNS, Entries
 from shadowkvm.kvm.generate.formats import LONG, PAE
 from shadowkvm.kvm.generate.image import EXTRA, Space
 
-RMW = ["or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts"]
+RMW = ["or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts", "inc"]
 STRINGS = ["stos", "movnti", "movups"]
 
 
 class World(Entries):
     """A guest and what it believes of itself."""
-
-    @property
-    def cpu(self) -> Cpu:
-        """The vCPU that runs now."""
-        return self.cpus[self.vcpu]
 
     @property
     def space(self) -> Space:
@@ -76,7 +71,8 @@ class World(Entries):
     def remember(self, va: int) -> None:
         """Addresses that are used again."""
         if va not in self.working:
-            self.working = [*self.working[-11:], va]
+            self.working.append(va)
+            del self.working[:-12]
 
     def va_of(self, wanted: Callable[[int], bool], tries: int = 40) -> int | None:
         """The address of a page that leads to a gfn that is wanted."""
@@ -174,6 +170,7 @@ class World(Entries):
             "xchg": (new, new),
             "cmpxchg": (new, new),
             "bts": (bit, old | 1 << bit),
+            "inc": (0, old + 1 & mask),
         }[kind]
         if not self.mem.safe(gpa, result.to_bytes(size, "little")):
             return

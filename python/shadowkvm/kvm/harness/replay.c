@@ -31,7 +31,7 @@ struct head {
 };
 struct slot { uint64_t id, gpa, size, flags; };
 struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end, flags, length; uint64_t addr, value, expected; };
-enum { GUEST, FETCH, READ, WRMSR, WIDE, RUN, INT3, LIDT, SSE, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK };
+enum { GUEST, FETCH, READ, WRMSR, WIDE, RUN, INT3, LIDT, SSE, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
 enum { DONE, PAGE_FAULT, MMIO, GP, STOPPED, DOUBLE_FAULT, SHUTDOWN };
 #define AC 2 // op.flags
 
@@ -42,7 +42,7 @@ struct result { int status, mmios; uint64_t err, value, addr; struct { uint64_t 
 static struct head head;
 static uint8_t *ram;
 static int kvm, vm, vcpu[8], vmstat, vcstat[8], dead[8];
-static uint64_t stack[8]; // top of the supervisor stack
+static uint64_t stack[8], home[256]; // top of the supervisor stack; where a slot's memory is
 static struct kvm_run *run[8];
 static struct stats vmdef, vcdef;
 static volatile int timed_out;
@@ -90,11 +90,14 @@ static void put(const char *path, const char *text)
 	if (f >= 0) close(f);
 }
 
+// A slot's memory is that at its first address; it stays when the slot moves.
 static void set_slot(int id, uint64_t gpa, uint64_t size, uint32_t flags)
 {
-	struct kvm_userspace_memory_region r = { id, flags, gpa, size, (uintptr_t)ram + gpa };
+	struct kvm_userspace_memory_region r = { id, flags, gpa, size, (uintptr_t)ram + home[id] };
 	CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r));
 }
+
+static void add_slot(int id, uint64_t gpa, uint64_t size, uint32_t flags) { home[id] = gpa; set_slot(id, gpa, size, flags); }
 
 static void set_msr(int fd, uint32_t index, uint64_t value)
 {
@@ -133,7 +136,7 @@ static void load_memory(FILE *f)
 	for (uint64_t i = 0; i < head.slots; i++) {
 		struct slot s;
 		read_exact(&s, sizeof s, f);
-		set_slot(s.id, s.gpa, s.size, s.flags);
+		add_slot(s.id, s.gpa, s.size, s.flags);
 	}
 	for (uint64_t i = 0; i < head.pages; i++) {
 		uint64_t gpa;
@@ -189,7 +192,8 @@ static int tame(const struct op *o, const struct mode *m, const struct kvm_regs 
 	uint64_t hlt = g->rip - 1, end = o->op == FETCH ? o->addr : o->op == RUN ? o->addr + o->length : o->end;
 	if (hlt == m->df) return 1;
 	if (hlt == m->bp) return o->op == INT3 && g->rcx == o->rip + 1;
-	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip || (jump && g->rcx == o->addr) || (o->op == FETCH && cr2 == o->addr);
+	if ((hlt == m->pf || hlt == m->gp) && jump) return g->rcx == o->rip || (g->rcx >= o->addr && g->rcx <= end) || (o->op == FETCH && cr2 == o->addr);
+	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip;
 	return jump || o->cpl ? hlt == m->back && g->rcx == end + 2 : hlt == o->end;
 }
 
@@ -268,6 +272,7 @@ static void host(const struct op *o, struct result *res)
 	static uint8_t bitmap[1 << 17];
 	switch (o->op) {
 	case HWRITE: memcpy(ram + o->addr, &o->value, o->size); break;
+	case SLOT_ADD: add_slot(o->size, o->addr, o->value, o->arg); break;
 	case SLOT: set_slot(o->size, o->addr, o->value, o->arg); break;
 	case UNMAP: CHECK(madvise(ram + o->addr, o->value, MADV_DONTNEED)); break;
 	case QUOTA: CHECK(ioctl(vm, KVM_SET_NR_MMU_PAGES, o->value)); break;
