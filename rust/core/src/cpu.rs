@@ -338,6 +338,8 @@ pub struct Vcpu {
     pub requests: Requests,
     /// Statistics.
     pub counters: VcpuCounters,
+    /// The event whose delivery is under way.
+    pub delivering: Option<u8>,
     /// The exception being delivered: vector and error code, for `[reinjected]`.
     pub injected: Option<(u8, u32)>,
     /// RIP and privilege (CPL 3) of the INT instruction whose event goes in again with `Requests::EVENT`.
@@ -361,6 +363,7 @@ impl Vcpu {
             last_retry: (0, 0),
             requests: Requests::default(),
             counters: VcpuCounters::default(),
+            delivering: None,
             injected: None,
             soft_event: (Gva(0), false),
         }

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shadowkvm_core::counters::VcpuCounters;
 use shadowkvm_core::cpu::Registers;
-use shadowkvm_core::engine::Control;
+use shadowkvm_core::engine::{Control, Delivery};
 use shadowkvm_core::fault::insn::{Action, Insn, RmwKind};
 use shadowkvm_core::outcome::Outcome as CoreOutcome;
 
@@ -307,6 +307,28 @@ impl Vcpu {
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
         self.control(py, Control::Invlpg(gva), rip)
+    }
+
+    /// Delivery of an event as the CPU does it: gate, code segment, stack switch, frame.
+    ///
+    /// `idt`, `gdt`, `tss`: where the guest's tables are; `rsp`: the stack before; `user`: CPL 3 before it. A guest #PF
+    /// meanwhile takes the event's place or becomes #DF, and a second one there shuts the vCPU down. Returns an Outcome:
+    /// "done" with `error_code` = vector whose handler runs, `address` = the handler, `value` = stack pointer.
+    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false))]
+    fn deliver(
+        &self,
+        py: Python<'_>,
+        vector: u8,
+        #[pyo3(from_py_with = word)] idt: u64,
+        #[pyo3(from_py_with = word)] gdt: u64,
+        #[pyo3(from_py_with = word)] rsp: u64,
+        #[pyo3(from_py_with = word)] tss: u64,
+        error_code: Option<u32>,
+        #[pyo3(from_py_with = word)] rip: u64,
+        user: bool,
+    ) -> PyResult<Outcome> {
+        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp };
+        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.deliver(self.index, &event)))
     }
 
     /// HLT: an exit, and the instruction is skipped.

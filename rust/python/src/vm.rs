@@ -8,7 +8,7 @@ use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
-use shadowkvm_core::memory::HostState;
+use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
 use shadowkvm_core::policy::{POLICIES, builtin};
@@ -29,12 +29,13 @@ fn host_state(name: &str) -> PyResult<HostState> {
     Ok(match name {
         "absent" => HostState::Absent,
         "zero" => HostState::Zero,
+        "shared" => HostState::Shared,
         "writable" => HostState::Writable,
         "huge-2m" => HostState::Huge2m,
         "huge-1g" => HostState::Huge1g,
         _ => {
             return Err(errors::refused(format!(
-                "host page state {name:?} is not known; choose absent, zero, writable, huge-2m or huge-1g"
+                "host page state {name:?} is not known; choose absent, zero, shared, writable, huge-2m or huge-1g"
             )));
         }
     })
@@ -46,7 +47,7 @@ const MAX_READ: usize = 1 << 32;
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false))]
+    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![]))]
     fn new(
         memory: u64,
         vcpus: usize,
@@ -54,8 +55,12 @@ impl Vm {
         profile: &str,
         event_mask: u32,
         nx_huge_pages: bool,
+        features: Vec<(String, String)>,
     ) -> PyResult<Self> {
-        let cpu = CpuFeatures::named(profile).map_err(errors::config)?;
+        let mut cpu = CpuFeatures::named(profile).map_err(errors::config)?;
+        for (name, value) in features {
+            cpu = cpu.with(&name, &value).map_err(errors::config)?;
+        }
         let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let policy = builtin(policy)
             .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
@@ -93,6 +98,39 @@ impl Vm {
 
     fn notifier_unmap(&mut self, gpa: u64, size: u64) -> PyResult<()> {
         self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn move_slot(&mut self, slot: u16, gpa: u64) -> PyResult<()> {
+        self.engine.move_slot(slot, Gpa(gpa)).map_err(errors::config)
+    }
+
+    fn set_manual_dirty_log(&mut self, enabled: bool, initially_set: bool) -> PyResult<()> {
+        self.engine.set_manual_dirty(ManualDirty { enabled, initially_set }).map_err(errors::config)
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the list over by value")]
+    fn clear_dirty_log(&mut self, slot: u16, frames: Vec<u64>) -> PyResult<()> {
+        self.engine.clear_dirty_log(slot, &frames).map_err(errors::config)
+    }
+
+    fn notifier_change(&mut self, gpa: u64, size: u64) -> PyResult<()> {
+        self.engine.notifier_change(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn notifier_age(&mut self, gpa: u64, size: u64, flush: bool) -> PyResult<bool> {
+        self.engine.notifier_age(Gpa(gpa), size, flush).map_err(errors::config)
+    }
+
+    fn notifier_test_young(&self, gpa: u64, size: u64) -> PyResult<bool> {
+        self.engine.notifier_test_young(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn set_nx_huge_pages(&mut self, enabled: bool) {
+        self.engine.set_nx_huge_pages(enabled);
+    }
+
+    fn recover_nx_huge_pages(&mut self) -> u64 {
+        self.engine.recover_nx_huge_pages()
     }
 
     fn set_page_quota(&mut self, n: u64) -> PyResult<()> {

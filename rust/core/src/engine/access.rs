@@ -79,7 +79,7 @@ impl Vm {
 }
 
 impl Ctx<'_> {
-    fn run_insn(&mut self, insn: &Insn) -> Outcome {
+    pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
         let mut at = *insn;
         let mut device = None;
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.

@@ -2,12 +2,16 @@
 
 mod access;
 mod control;
+mod deliver;
+mod dirty;
 mod entry;
 mod host;
+mod notifier;
 mod registers;
 mod trace;
 
 pub use control::Control;
+pub use deliver::Delivery;
 pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
 
 use crate::config::{Config, MAX_MEMORY, MAX_VCPUS};

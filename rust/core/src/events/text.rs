@@ -124,6 +124,7 @@ impl Event {
         match self.level {
             14 => write!(f, "#PF (0x{:x})", self.code)?,
             13 => write!(f, "#GP (0x{:x})", self.code)?,
+            3 => f.write_str("#BP")?,
             6 => f.write_str("#UD")?,
             8 => f.write_str("#DF (0x0)")?,
             other => write!(f, "vector {other}")?,

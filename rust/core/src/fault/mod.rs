@@ -106,9 +106,17 @@ impl Ctx<'_> {
         }
         self.vcpu.counters.pf_guest += 1;
         let code = fault.code.0 as u32;
-        self.shadow.events.inj_exception(14, code, false);
-        self.vcpu.injected = Some((14, code));
+        match self.vcpu.delivering {
+            Some(8) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
+            Some(14) => self.queue_exception(8, 0),
+            _ => self.queue_exception(14, code),
+        }
         Outcome::page_fault(fault.address.0, fault.code)
+    }
+
+    fn queue_exception(&mut self, vector: u8, code: u32) {
+        self.shadow.events.inj_exception(vector, code, false);
+        self.vcpu.injected = Some((vector, code));
     }
 
     /// Whether KVM takes an address for impossible (`is_noncanonical_address`, 6.1), which does not ask for the mode.
@@ -142,7 +150,7 @@ impl Shadow {
                 self.memory.host.set_state(gfn, HostState::Writable);
                 Flush::NONE
             }
-            HostState::Zero => {
+            HostState::Zero | HostState::Shared => {
                 self.events.unmap_hva_range(gfn.gpa(), Gpa(gfn.gpa().0 + 4096));
                 let flush = self.unmap_range(gfn, 1);
                 self.events.set_spte_hva(gfn.gpa());

@@ -5,7 +5,7 @@ use crate::fault::emulate::Emulation;
 use crate::fault::insn::Insn;
 use crate::fault::{After, Ctx};
 use crate::guest::walk::{GuestFault, GuestWalk};
-use crate::memory::{Host, HostState};
+use crate::memory::HostState;
 use crate::outcome::{Outcome, RetPf, Status};
 use crate::types::{Access, ErrorCode, Gfn, Gva, Level, Pfn};
 
@@ -204,7 +204,7 @@ impl Ctx<'_> {
             self.shadow.memory.host.set_state(fault.gfn, HostState::Zero);
         }
         let state = self.shadow.memory.host.state(fault.gfn);
-        fault.pfn = Some(if state == HostState::Zero { Host::ZERO_PFN } else { Host::pfn(fault.gfn) });
+        fault.pfn = Some(self.shadow.memory.host.frame(fault.gfn));
         fault.map_writable = state.writable() && !readonly;
         true
     }

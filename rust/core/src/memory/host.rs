@@ -10,6 +10,8 @@ pub enum HostState {
     Absent,
     /// The shared zero page: read, never written.
     Zero,
+    /// A page that others share, too (KSM, a fork of the VM's process): read, replaced by one of its own when written.
+    Shared,
     /// Present and writable, mapped by 4 KiB.
     Writable,
     /// Present and writable, part of a 2 MiB mapping.
@@ -31,13 +33,16 @@ impl HostState {
         match self {
             Self::Huge2m => Level::PD,
             Self::Huge1g => Level::PDPT,
-            Self::Absent | Self::Zero | Self::Writable => Level::PT,
+            Self::Absent | Self::Zero | Self::Shared | Self::Writable => Level::PT,
         }
     }
 }
 
 /// Host frame of guest frame 0: a multiple of 1 GiB, so that huge pages stay aligned, and above the zero page.
 const PFN_BASE: u64 = 1 << 18;
+
+/// Marks the frame of a shared page, which is another than the one that the page gets when it is written.
+const SHARED: u64 = 1 << 38;
 
 type Page = [u64; ENTRIES];
 /// 512 regions: 1 GiB of guest frames.
@@ -85,7 +90,18 @@ impl Host {
     #[inline]
     #[must_use]
     pub const fn gfn(pfn: Pfn) -> Option<Gfn> {
-        if pfn.0 >= PFN_BASE { Some(Gfn(pfn.0 - PFN_BASE)) } else { None }
+        if pfn.0 >= PFN_BASE { Some(Gfn((pfn.0 & !SHARED) - PFN_BASE)) } else { None }
+    }
+
+    /// The host frame that a guest frame has now.
+    #[inline]
+    #[must_use]
+    pub fn frame(&self, gfn: Gfn) -> Pfn {
+        match self.state(gfn) {
+            HostState::Zero => Self::ZERO_PFN,
+            HostState::Shared => Pfn(Self::pfn(gfn).0 | SHARED),
+            _ => Self::pfn(gfn),
+        }
     }
 
     #[inline]
@@ -126,8 +142,47 @@ impl Host {
         }
         let region = self.region_mut(gfn);
         region.state[index(gfn)] = state;
-        if !state.writable() {
+        if matches!(state, HostState::Absent | HostState::Zero) {
             region.pages[index(gfn)] = None;
+        }
+    }
+
+    /// Sets the state of a range of frames. Regions that are in it by nature are passed over.
+    pub fn set_states(&mut self, first: Gfn, pages: u64, state: HostState) {
+        let (mut gfn, end) = (first.0, first.0 + pages);
+        while gfn < end {
+            let next = (gfn | (ENTRIES as u64 - 1)) + 1;
+            let natural = self.region(Gfn(gfn)).is_none()
+                && initial_state(gfn, self.populated) == state
+                && initial_state(next - 1, self.populated) == state;
+            if !natural {
+                for gfn in gfn..next.min(end) {
+                    self.set_state(Gfn(gfn), state);
+                }
+            }
+            gfn = next;
+        }
+    }
+
+    /// Takes pages, contents and states, from one place to another; the old place is absent then.
+    pub fn move_pages(&mut self, from: Gfn, to: Gfn, pages: u64) {
+        let taken: Vec<_> = (0..pages)
+            .map(|i| {
+                let gfn = Gfn(from.0 + i);
+                let page = self.page(gfn).copied();
+                let state = self.state(gfn);
+                (state, page)
+            })
+            .collect();
+        self.set_states(from, pages, HostState::Absent);
+        for (i, (state, page)) in taken.into_iter().enumerate() {
+            let gfn = Gfn(to.0 + i as u64);
+            let small = if state.level() > Level::PT { HostState::Writable } else { state };
+            self.set_state(gfn, HostState::Absent);
+            self.set_state(gfn, small);
+            if let Some(page) = page {
+                self.region_mut(gfn).pages[index(gfn)] = Some(Box::new(page));
+            }
         }
     }
 
