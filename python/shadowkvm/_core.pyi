@@ -48,6 +48,8 @@ class Vcpu:
     @property
     def id(self) -> int: ...
     @property
+    def cr2(self) -> int: ...
+    @property
     def sregs(self) -> dict[str, int]: ...
     @property
     def counters(self) -> dict[str, int]: ...
@@ -74,7 +76,6 @@ class Vcpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
-        soft: bool = False,
     ) -> Outcome: ...
     def write(
         self,
@@ -89,7 +90,6 @@ class Vcpu:
         ac: bool = False,
         implicit: bool = False,
         delivery: bool = False,
-        soft: bool = False,
     ) -> Outcome: ...
     def rmw(
         self,
@@ -125,6 +125,7 @@ class Vcpu:
         error_code: int | None = None,
         rip: int = 0,
         user: bool = False,
+        soft: bool = False,
     ) -> Outcome: ...
     def hlt(self, rip: int | None = None) -> Outcome: ...
     def io(self, rip: int | None = None) -> Outcome: ...

@@ -39,9 +39,7 @@ HOST_OPS: Final = frozenset(
 )
 UNLOCKED, AC = 1, 2
 """Flags of a guest's operation: a read-modify-write without LOCK; EFLAGS.AC is set."""
-STATUSES: Final = (
-    *("done", "page_fault", "mmio", "general_protection", "stopped", "double_fault", "shutdown"),
-)
+STATUSES: Final = (*("done", "page_fault", "mmio", "general_protection", "stopped", "double_fault", "shutdown"),)
 U64: Final = (1 << 64) - 1
 PE, PG, PAE, LME, LMA = 1, 1 << 31, 1 << 5, 1 << 8, 1 << 10
 
@@ -62,7 +60,8 @@ def registers_problem(cr0: int, cr3: int, cr4: int, efer: int) -> str | None:
             " EFER.LME, and needs CR4.PAE"
         )
     if not lma and (lme or max(cr0, cr3, cr4) >> 32):
-        return f"cr0 {cr0:#x}, cr3 {cr3:#x}, cr4 {cr4:#x}, efer {efer:#x}: a 32-bit guest has 32-bit registers, no EFER.LME"
+        values = f"cr0 {cr0:#x}, cr3 {cr3:#x}, cr4 {cr4:#x}, efer {efer:#x}"
+        return f"{values}: a 32-bit guest has 32-bit registers, no EFER.LME"
     return None
 
 
@@ -90,30 +89,36 @@ class Op:
 
     def problem(self, bits: int = 64) -> str | None:
         """What is wrong with this operation on a vCPU that runs the code of this mode, or None."""
+        return next(self._problems(bits), None)
+
+    def _problems(self, bits: int) -> Iterator[str]:
         if self.op not in GUEST_OPS and self.op not in HOST_OPS:
-            return f"operation {self.op!r} is unknown"
+            yield f"operation {self.op!r} is unknown"
         for f in fields(self)[1:]:
             number = getattr(self, f.name)
             if not 0 <= number <= U64:
-                return f"{f.name} {number} is no 64-bit number"
-        if self.op == "set_sregs":
-            return registers_problem(self.value, self.addr, self.expected, self.flags)
+                yield f"{f.name} {number} is no 64-bit number"
+        if self.op == "set_sregs" and (problem := registers_problem(self.value, self.addr, self.expected, self.flags)):
+            yield problem
         if self.op == "hwrite" and self.size not in (1, 2, 4, 8):
-            return f"a host's write of {self.size} bytes: there are 1, 2, 4, 8"
-        if self.op in HOST_OPS:
-            return None
+            yield f"a host's write of {self.size} bytes: there are 1, 2, 4, 8"
+        if self.op in GUEST_OPS:
+            yield from self._guest_problems(bits)
+
+    def _guest_problems(self, bits: int) -> Iterator[str]:
         sizes = SIZES.get(self.op, {}).get(bits, (self.size,))
         if self.size not in sizes:
-            return f"{self.op} of {self.size} bytes in {bits}-bit code: there are {', '.join(map(str, sizes))}"
+            yield f"{self.op} of {self.size} bytes in {bits}-bit code: there are {', '.join(map(str, sizes))}"
         if self.cpl not in (0, 3):
-            return f"cpl {self.cpl}: there are 0 and 3"
+            yield f"cpl {self.cpl}: there are 0 and 3"
         if self.cpl and self.op in CONTROL:
-            return f"{self.op} at CPL {self.cpl} is no operation of the guest"
+            yield f"{self.op} at CPL {self.cpl} is no operation of the guest"
         if self.flags & ~AC and (self.op not in LOCKABLE or self.flags & ~(AC | UNLOCKED)):
-            return f"{self.op} with flags {self.flags}: 1 (no LOCK) is for read-modify-writes, 2 is EFLAGS.AC"
+            yield f"{self.op} with flags {self.flags}: 1 (no LOCK) is for read-modify-writes, 2 is EFLAGS.AC"
         if self.op == "run" and not 1 <= self.length <= 15:
-            return f"run: length {self.length} is none of an instruction, 1 to 15 bytes"
-        return self._narrow_problem() if bits == 32 else None
+            yield f"run: length {self.length} is none of an instruction, 1 to 15 bytes"
+        if bits == 32 and (problem := self._narrow_problem()):
+            yield problem
 
     def _narrow_problem(self) -> str | None:
         """What a 32-bit guest cannot do with these operands."""
@@ -121,7 +126,11 @@ class Op:
         if self.op == "efer" and self.value & LME:
             return f"efer {self.value:#x}: long mode (bit 8) is entered by the host only (set_sregs)"
         wide = self.op in ("movups", "movaps") or (self.op == "cmpxchg" and self.size == 8)
-        for name, top in (("addr", limit), ("value", limit**2 if wide else limit), ("expected", limit**2 if wide else limit)):
+        for name, top in (
+            ("addr", limit),
+            ("value", limit**2 if wide else limit),
+            ("expected", limit**2 if wide else limit),
+        ):
             if getattr(self, name) >= top:
                 return f"{name} {getattr(self, name):#x} is no 32-bit number: the vCPU runs 32-bit code"
         span = self.value * self.size if self.op in ("rep", "movs") else self.size if self.op in SIZES else 1

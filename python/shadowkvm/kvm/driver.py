@@ -1,4 +1,4 @@
-"""Replays a case in the engine, instruction by instruction as the guest of harness/guest.S and guest32.S executes them."""
+"""Replays a case in the engine, instruction by instruction as the guest of harness/guest*.S executes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shadowkvm._core import COUNTERS, EVENTS, Vm
-from shadowkvm.kvm.case import AC, UNLOCKED, Answer, Case, Op, bits_of
-from shadowkvm.kvm.delivery import BP, DF, GP, PF, SYS, Delivery, Frame
+from shadowkvm.kvm.case import AC, HOST_OPS, UNLOCKED, Answer, Case, Op, bits_of
 from shadowkvm.kvm.hostops import HostOps
 from shadowkvm.kvm.layout import IMAGE, LABELS, RT, STACK, stub_of
 
@@ -29,10 +28,15 @@ ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
 RMW: Final = {
     **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
-    **{"inc": "add", "xadd": "add", "bts": "or"},
+    "inc": "add",
+    "xadd": "add",
+    "bts": "or",
 }
 """What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+JUMPS: Final = frozenset({"fetch", "run", "int3"})
+BP, DF, GP, PF, SYS = 3, 8, 13, 14, 0x80
 FAULTS: Final = {"page_fault": PF, "general_protection": GP}
+HANDLERS: Final = {PF: "pf", GP: "gp", DF: "df", BP: "bp", SYS: "back"}
 
 
 @dataclass(slots=True)
@@ -67,12 +71,13 @@ class Driver:
 
     def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
         mask = ALL_EVENTS if events else 0
-        more = {"manual_dirty": case.manual_dirty} if case.manual_dirty else {}
-        args = (case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
-        self.vm: Any = Vm(*args, **more)
+        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+        if case.manual_dirty:
+            self.vm.set_manual_dirty_log(enabled=True, initially_set=bool(case.manual_dirty & 2))
         self.guests = [Guest(cpu, bits_of(case.efer), LABELS[bits_of(case.efer)]["idt"]) for cpu in self.vm.vcpus]
-        self.host = HostOps(self.vm)
+        self.host = HostOps(self.vm, case.slots)
         self.events: list[str] = []
+        self._rsp0 = dict.fromkeys(LABELS, STACK)
         self._tracing = events
         self._set_up(case)
         self.vm.clear_events()
@@ -98,10 +103,7 @@ class Driver:
         """One operation, as replay.c does it, with the counters that it moved (of the VM and of its vCPU)."""
         guest = self.guests[op.vcpu]
         before = self._counters(guest.cpu)
-        if self.host.knows(op):
-            answer = Answer(value=self.host.do(op, guest))
-        else:
-            answer = self._guest(guest, op)
+        answer = Answer(value=self.host.do(op, guest)) if op.op in HOST_OPS else self._guest(guest, op)
         after = self._counters(guest.cpu)
         answer.counters = {name: after[i] - before[i] for i, name in WATCHED if after[i] != before[i]}
         if self._tracing:
@@ -120,72 +122,77 @@ class Driver:
     # ---- one run of the guest: a stub from its start to HLT
 
     def _guest(self, guest: Guest, op: Op) -> Answer:
-        cpu, labels, user = guest.cpu, guest.labels, op.cpl == 3
+        cpu, user = guest.cpu, op.cpl == 3
         rip, end, setup = stub_of(op, guest.bits)
         if user:
-            cpu.fetch(labels["k_user"])
+            cpu.fetch(guest.labels["k_user"])
         if setup:
             cpu.fetch(rip - setup, user)
         out = self._execute(guest, op, rip, user)
-        stack = op.addr + op.size if op.op == "push" and not user else guest.stack
-        at = op.addr if op.op in ("fetch", "run") else rip
-        frame = Frame(guest.bits, guest.idt, stack, user, at, ac=bool(op.flags & AC))
         if out.status == "shutdown":
             return Answer("shutdown")
+        jump = op.op in ("fetch", "run")
         if out.status in FAULTS:
-            return self._fault(guest, frame, FAULTS[out.status], out)
+            return self._fault(guest, op, op.addr if jump else rip, out)
         if op.op == "int3":
-            return self._event(guest, frame, BP) or Answer()
+            return self._event(guest, op, BP, rip, soft=True) or Answer()
         if op.op == "idt":
             guest.idt = op.addr
-        jump = op.op in ("fetch", "run")
-        if jump:
-            end = op.addr + op.length * (op.op == "run")
         if user or jump:
-            if (lost := self._way_back(guest, frame, op, end)) is not None:
+            if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
                 return lost
         else:
             cpu.hlt(rip=end)
         value = out.value if op.op == "read" else 0
         return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
-    def _way_back(self, guest: Guest, frame: Frame, op: Op, end: int) -> Answer | None:
+    def _way_back(self, guest: Guest, op: Op, end: int) -> Answer | None:
         """From a stub of CPL 3, or from where a jump led: SYSCALL, in 32-bit code INT 0x80. An answer: it was lost."""
         cpu = guest.cpu
-        frame.rip = end
         if op.op != "fetch":
             for at in (end, end + 1) if end & 0xFFF == 0xFFF else (end,):  # both bytes of it
-                out = cpu.fetch(at, frame.user)
+                out = cpu.fetch(at, op.cpl == 3)
                 if out.status == "page_fault":
-                    return self._fault(guest, frame, PF, out)
+                    return self._fault(guest, op, end, out)
         if guest.bits == 64:
             cpu.hlt(rip=guest.labels["k_back"])
             return None
-        return self._event(guest, frame, SYS)
+        return self._event(guest, op, SYS, end, soft=True)
 
-    def _fault(self, guest: Guest, frame: Frame, vector: int, out: Any) -> Answer:
+    def _fault(self, guest: Guest, op: Op, rip: int, out: Any) -> Answer:
         """A fault of the instruction is delivered."""
-        code, address = out.error_code, out.address if vector == PF else 0
-        return self._event(guest, frame, vector, code) or Answer(out.status, code, 0, address)
+        vector, code = FAULTS[out.status], out.error_code
+        address = out.address if vector == PF else 0
+        return self._event(guest, op, vector, rip, code) or Answer(out.status, code, 0, address)
 
-    def _event(self, guest: Guest, frame: Frame, vector: int, code: int = 0) -> Answer | None:
+    def _event(
+        self, guest: Guest, op: Op, vector: int, rip: int, code: int | None = None, *, soft: bool = False
+    ) -> Answer | None:
         """Delivers an event, and runs its handler; an answer if it has become another one."""
-        delivery = Delivery(guest.cpu, frame)
-        came = delivery.deliver(vector, code)
-        if came is None:
+        cpu, labels, user = guest.cpu, guest.labels, op.cpl == 3
+        if self._rsp0.get(guest.bits) != guest.stack:  # the harness sets it before each run
+            self.vm.write_memory(labels["tss"] + 4, (guest.stack + 0x10).to_bytes(8, "little")[: guest.bits // 8])
+            self._rsp0[guest.bits] = guest.stack
+        stack = op.addr + op.size if op.op == "push" and not user else guest.stack
+        tables = {"idt": guest.idt, "gdt": LABELS[64]["gdt"], "tss": labels["tss"]}
+        out = cpu.deliver(vector, rsp=stack, error_code=code, rip=rip, user=user, soft=soft, **tables)
+        if out.status == "shutdown":
             return Answer("shutdown")
-        name = {PF: "pf", GP: "gp", DF: "df", BP: "bp", SYS: "back"}[came]
-        guest.cpu.fetch(guest.labels[f"{name}_entry"])
-        delivery.pop(guest.labels[f"{name}_entry"])
-        guest.cpu.hlt(rip=guest.labels[f"{name}_hlt"])
+        came, address = out.error_code, cpu.cr2
+        handler = HANDLERS[came]
+        cpu.fetch(labels[f"{handler}_entry"])
+        # The handler takes error code and RIP off the stack; on the guest's own page that cannot exit.
+        popped = code
+        if out.value >> 12 != RT >> 12 or came != vector:
+            popped = cpu.read(out.value, guest.bits // 8, rip=labels[f"{handler}_entry"]).value
+        cpu.hlt(rip=labels[f"{handler}_hlt"])
         if came == vector:
             return None
-        if came == DF:
-            return Answer("double_fault")
-        return Answer("page_fault", delivery.code, 0, delivery.address)
+        return Answer("double_fault") if came == DF else Answer("page_fault", popped or 0, 0, address)
+
+    # ---- the instruction under test
 
     def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
-        """The instruction under test."""
         cpu, ac = guest.cpu, bool(op.flags & AC)
         if op.op == "read":
             return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
@@ -199,19 +206,23 @@ class Driver:
             expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
             locked = not op.flags & UNLOCKED
             return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
-        if op.op == "rep":
-            return cpu.rep_stos(op.addr, op.expected, op.value, op.size, user, rip=rip)
-        if op.op == "movs":
-            return cpu.rep_movs(op.addr, op.expected, op.value, op.size, user, rip=rip)
-        if op.op in ("fetch", "run"):
-            out = cpu.fetch(rip, user)
-            if out.status != "done":
-                return out
-            if op.op == "fetch":
-                return cpu.fetch(op.addr, user, ac=ac)
-            return cpu.write(op.expected, op.value, op.size, user, rip=op.addr, length=op.length, ac=ac)
-        if op.op in ("int3", "idt"):
-            return cpu.fetch(rip, user)
+        if op.op in ("rep", "movs"):
+            repeat = cpu.rep_stos if op.op == "rep" else cpu.rep_movs
+            return repeat(op.addr, op.expected, op.value, op.size, user, rip=rip)
+        return self._jump(cpu, op, rip, user) if op.op in JUMPS else self._control(cpu, op, rip)
+
+    def _jump(self, cpu: Any, op: Op, rip: int, user: bool) -> Any:
+        out = cpu.fetch(rip, user)
+        if out.status != "done" or op.op == "int3":
+            return out
+        ac = bool(op.flags & AC)
+        if op.op == "fetch":
+            return cpu.fetch(op.addr, user, ac=ac)
+        return cpu.write(op.expected, op.value, op.size, user, rip=op.addr, length=op.length, ac=ac)
+
+    def _control(self, cpu: Any, op: Op, rip: int) -> Any:
+        if op.op == "idt":
+            return cpu.fetch(rip)
         if op.op == "invlpg":
             return cpu.invlpg(op.addr, rip=rip)
         if op.op == "efer":

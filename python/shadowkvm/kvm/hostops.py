@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from shadowkvm.kvm.case import HOST_OPS, Op
+from shadowkvm.kvm.case import Op, Slot
 
 __all__ = ["HostOps"]
 
@@ -20,14 +21,19 @@ class HasMode(Protocol):
 
 
 class HostOps:
-    """The host's side of the driver: one method for each operation of `HOST_OPS`."""
+    """The host's side of the driver: one method for each operation of `case.HOST_OPS`."""
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: Any, slots: Sequence[Slot]) -> None:
         self.vm = vm
+        self.first = {s.slot: s.gpa >> 12 for s in slots}
+        self.moved: dict[int, tuple[int, int]] = {}  # slot -> (where its memory was when it came, bytes)
 
-    def knows(self, op: Op) -> bool:
-        """Is it the host that does this?"""
-        return op.op in HOST_OPS
+    def place(self, addr: int) -> int:
+        """Where memory is now that came at this address: with its slot."""
+        for slot, (home, size) in self.moved.items():
+            if home <= addr < home + size:
+                return addr - home + (self.first[slot] << 12)
+        return addr
 
     def do(self, op: Op, guest: HasMode) -> int:
         """Do it; the number that the answer holds."""
@@ -36,11 +42,11 @@ class HostOps:
 
     def hwrite(self, op: Op, _guest: HasMode) -> None:
         """A store of user space."""
-        self.vm.write_memory(op.addr, op.value.to_bytes(8, "little")[: op.size])
+        self.vm.write_memory(self.place(op.addr), op.value.to_bytes(8, "little")[: op.size])
 
     def hread(self, op: Op, _guest: HasMode) -> None:
         """User space looks at pages; absent ones become the zero page."""
-        self.vm.host_read(op.addr, op.value)
+        self.vm.host_read(self.place(op.addr), op.value)
 
     def dirty(self, op: Op, _guest: HasMode) -> None:
         """A slot's dirty log is switched."""
@@ -52,11 +58,12 @@ class HostOps:
 
     def cleardirty(self, op: Op, _guest: HasMode) -> None:
         """KVM_CLEAR_DIRTY_LOG, the same word for every 64 pages."""
-        self.vm.clear_dirty_log(op.slot, op.addr, op.value, op.expected.to_bytes(8, "little") * -(-op.value // 64))
+        first = self.first[op.slot] + op.addr
+        self.vm.clear_dirty_log(op.slot, [first + i for i in range(op.value) if op.expected >> i % 64 & 1])
 
     def unmap(self, op: Op, _guest: HasMode) -> None:
         """MADV_DONTNEED."""
-        self.vm.notifier_unmap(op.addr, op.value)
+        self.vm.notifier_unmap(self.place(op.addr), op.value)
 
     def quota(self, op: Op, _guest: HasMode) -> None:
         """KVM_SET_NR_MMU_PAGES."""
@@ -64,6 +71,7 @@ class HostOps:
 
     def slot_add(self, op: Op, _guest: HasMode) -> None:
         """A memslot comes."""
+        self.first[op.slot] = op.addr >> 12
         self.vm.add_slot(op.slot, op.addr, op.value, readonly=bool(op.flags & 2), dirty_log=bool(op.flags & 1))
 
     def slot_del(self, op: Op, _guest: HasMode) -> None:
@@ -73,6 +81,8 @@ class HostOps:
     def slot_move(self, op: Op, _guest: HasMode) -> None:
         """A memslot moves to another address."""
         self.vm.move_slot(op.slot, op.addr)
+        self.moved.setdefault(op.slot, (self.first[op.slot] << 12, op.value))
+        self.first[op.slot] = op.addr >> 12
 
     def set_sregs(self, op: Op, guest: HasMode) -> None:
         """KVM_SET_SREGS; segments and IDT follow the mode."""

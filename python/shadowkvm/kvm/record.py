@@ -34,9 +34,9 @@ def usable(answers: Sequence[Answer], case: Case) -> tuple[int, str]:
             return i, f"the guest stopped ({a.error_code:#x})"
         if a.counters.get("insn_emulation_fail"):
             return i, "KVM could not emulate"
-        # A jump needs no emulation but that of the HLT behind it, and of INT 0x80 if its delivery faulted. More means an
-        # invalid opcode: the bytes of a page to which only a stale translation led, where KVM then emulates what the
-        # current tables lead to.
+        # A jump needs no emulation but that of the HLT behind it, and of INT 0x80 if its delivery faulted. More means
+        # an invalid opcode: the bytes of a page to which only a stale translation led, where KVM then emulates what
+        # the current tables lead to.
         emulated = a.counters.get("insn_emulation", 0) - a.counters.get("pf_emulate", 0)
         again = a.counters.get("pf_fixed", 0) + a.counters.get("pf_spurious", 0) if bits == 32 else 0
         if op.op == "fetch" and a.status == "done" and emulated > 1 + again:

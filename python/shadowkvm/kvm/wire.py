@@ -14,9 +14,26 @@ __all__ = ["case_bytes", "split_cases"]
 MAGIC: Final = 0x344B4853
 HOST_KIND: Final = 16
 KINDS: Final = {
-    **{"fetch": 1, "read": 2, "efer": 3, "run": 5, "int3": 6, "idt": 7, "movups": 8, "movaps": 8},
-    **{"hwrite": 16, "slot_del": 17, "slot_move": 17, "dirty": 17, "dirtylog": 18, "unmap": 19},
-    **{"quota": 20, "cleardirty": 21, "hread": 22, "set_sregs": 23, "stack": 24, "slot_add": 25},
+    "fetch": 1,
+    "read": 2,
+    "efer": 3,
+    "run": 5,
+    "int3": 6,
+    "idt": 7,
+    "movups": 8,
+    "movaps": 8,
+    "hwrite": 16,
+    "slot_del": 17,
+    "slot_move": 17,
+    "dirty": 17,
+    "dirtylog": 18,
+    "unmap": 19,
+    "quota": 20,
+    "cleardirty": 21,
+    "hread": 22,
+    "set_sregs": 23,
+    "stack": 24,
+    "slot_add": 25,
 }
 WIDE: Final = 4
 OF_A_SLOT: Final = frozenset({"slot_add", "slot_del", "slot_move", "dirty", "dirtylog", "cleardirty"})
@@ -39,7 +56,9 @@ def op_bytes(o: Op, bits: int = 64) -> bytes:
             length = o.size
     elif o.op in OF_A_SLOT:
         size = o.slot
-    return struct.pack("<4B5I3Q", kind, size, o.cpl, o.vcpu, arg, rip, end, o.flags, length, o.addr, o.value, o.expected)
+    return struct.pack(
+        "<4B5I3Q", kind, size, o.cpl, o.vcpu, arg, rip, end, o.flags, length, o.addr, o.value, o.expected
+    )
 
 
 def mode_numbers(bits: int) -> tuple[int, ...]:

@@ -342,6 +342,8 @@ pub struct Vcpu {
     pub delivering: Option<u8>,
     /// The exception being delivered: vector and error code, for `[reinjected]`.
     pub injected: Option<(u8, u32)>,
+    /// CR2: where the guest's last #PF was.
+    pub cr2: u64,
     /// RIP and privilege (CPL 3) of the INT instruction whose event goes in again with `Requests::EVENT`.
     pub soft_event: (Gva, bool),
 }
@@ -365,6 +367,7 @@ impl Vcpu {
             counters: VcpuCounters::default(),
             delivering: None,
             injected: None,
+            cr2: 0,
             soft_event: (Gva(0), false),
         }
     }

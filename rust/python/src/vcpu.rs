@@ -72,7 +72,7 @@ impl Vcpu {
 }
 
 /// The settings that all accesses have in common.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct How {
     user: bool,
     rip: Option<u64>,
@@ -80,7 +80,6 @@ struct How {
     ac: bool,
     implicit: bool,
     delivery: bool,
-    soft: bool,
 }
 
 fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
@@ -90,12 +89,11 @@ fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
             "size {size} must be 1 to 8 bytes (16 for an SSE load or store and CMPXCHG16B)"
         )));
     }
-    let How { user, rip, length, ac, implicit, delivery, soft } = how;
+    let How { user, rip, length, ac, implicit, delivery } = how;
     if !(1..=15).contains(&length) {
         return Err(errors::refused(format!("length {length} must be 1 to 15, the bytes of an instruction")));
     }
-    let insn = Insn { user, rip, length: length as u8, ac, system: implicit, ..Insn::new(action, gva, size as u8) };
-    Ok(Insn { delivery: delivery || soft, soft, ..insn })
+    Ok(Insn { user, rip, length: length as u8, ac, system: implicit, delivery, ..Insn::new(action, gva, size as u8) })
 }
 
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
@@ -145,9 +143,8 @@ impl Vcpu {
     ///
     /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
     /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
-    /// `delivery`: made while an event is delivered; `user` is then the CPL before it, `rip` that of the instruction.
-    /// `soft`: the event is INT3 or INT n, whose RIP KVM decodes after an exit on hardware without next RIP.
-    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false, soft=false))]
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
+    #[pyo3(signature = (gva, size=8, user=false, *, rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn read(
         &self,
         py: Python<'_>,
@@ -159,9 +156,8 @@ impl Vcpu {
         ac: bool,
         implicit: bool,
         delivery: bool,
-        soft: bool,
     ) -> PyResult<Outcome> {
-        self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery, soft })?)
+        self.run(py, &access(Action::Load, gva, size, How { user, rip, length, ac, implicit, delivery })?)
     }
 
     /// A store of the low `size` bytes of `value` at guest virtual address `gva`, at CPL 3 if `user`.
@@ -171,9 +167,8 @@ impl Vcpu {
     ///
     /// With `rip` the instruction is first fetched through the shadow, again whenever it is resumed after an exit, and
     /// KVM's retry rule knows it. `ac`: EFLAGS.AC. `implicit`: an access of the CPU's own (SMAP holds whatever AC says).
-    /// `delivery`: made while an event is delivered; `user` is then the CPL before it, `rip` that of the instruction.
-    /// `soft`: the event is INT3 or INT n, whose RIP KVM decodes after an exit on hardware without next RIP.
-    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false, soft=false))]
+    /// `delivery`: made while an event is delivered; `user` is then the CPL before it.
+    #[pyo3(signature = (gva, value, size=8, user=false, *, kind="mov", rip=None, length=1, ac=false, implicit=false, delivery=false))]
     fn write(
         &self,
         py: Python<'_>,
@@ -187,9 +182,8 @@ impl Vcpu {
         ac: bool,
         implicit: bool,
         delivery: bool,
-        soft: bool,
     ) -> PyResult<Outcome> {
-        let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery, soft })?;
+        let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery })?;
         self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
     }
 
@@ -212,7 +206,7 @@ impl Vcpu {
         ac: bool,
     ) -> PyResult<Outcome> {
         let (kind, writes_tables) = rmw_kind(kind)?;
-        let how = How { user, rip, length, ac, ..How::default() };
+        let how = How { user, rip, length, ac, implicit: false, delivery: false };
         let insn = access(Action::Rmw(kind), gva, size, how)?;
         let locked = locked || kind == RmwKind::Xchg;
         self.run(py, &Insn { value: operand, expected, locked, writes_tables, ..insn })
@@ -228,7 +222,7 @@ impl Vcpu {
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
         ac: bool,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac, ..How::default() };
+        let how = How { user, rip, length: 1, ac, implicit: false, delivery: false };
         self.run(py, &access(Action::Fetch, gva, 1, how)?)
     }
 
@@ -244,7 +238,7 @@ impl Vcpu {
         user: bool,
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac: false, ..How::default() };
+        let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
         let insn = access(Action::Store, gva, size, how)?;
         if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
             return Err(errors::refused(format!(
@@ -314,7 +308,10 @@ impl Vcpu {
     /// `idt`, `gdt`, `tss`: where the guest's tables are; `rsp`: the stack before; `user`: CPL 3 before it. A guest #PF
     /// meanwhile takes the event's place or becomes #DF, and a second one there shuts the vCPU down. Returns an Outcome:
     /// "done" with `error_code` = vector whose handler runs, `address` = the handler, `value` = stack pointer.
-    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false))]
+    ///
+    /// `soft`: the instruction at `rip` raises it (INT3, INT n). KVM on hardware without next RIP decodes that again
+    /// whenever it puts the event in once more.
+    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false, soft=false))]
     fn deliver(
         &self,
         py: Python<'_>,
@@ -326,8 +323,9 @@ impl Vcpu {
         error_code: Option<u32>,
         #[pyo3(from_py_with = word)] rip: u64,
         user: bool,
+        soft: bool,
     ) -> PyResult<Outcome> {
-        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp };
+        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp, soft };
         Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.deliver(self.index, &event)))
     }
 
@@ -386,6 +384,12 @@ impl Vcpu {
         };
         regs.cs_l = cs_l.unwrap_or(if regs.lma() == old.lma() { old.cs_l } else { regs.lma() });
         vm.engine.set_sregs(self.index, regs).map_err(errors::config)
+    }
+
+    /// CR2: the address of the guest's last #PF.
+    #[getter]
+    fn cr2(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.vm.try_borrow(py)?.engine.vcpus()[self.index].cr2)
     }
 
     /// The control registers.

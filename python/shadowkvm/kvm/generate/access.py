@@ -149,7 +149,11 @@ class Access(World):
         if self.kinds and r.random() < 0.3:
             size, at = 16, va + 4096 - 8 * r.choice([1, 1, 2]) + r.choice([0, 4])
         cut = max(0, va + 4096 - at)
-        data = r.randbytes(cut) + self.mem.load(second.gpa, size - cut) if cut else self.mem.load(second.gpa + at - va - 4096, size)
+        data = (
+            r.randbytes(cut) + self.mem.load(second.gpa, size - cut)
+            if cut
+            else self.mem.load(second.gpa + at - va - 4096, size)
+        )
         self.store(at, data, cpl, "movups" if size == 16 else "write")
 
     def step_reuse(self) -> None:

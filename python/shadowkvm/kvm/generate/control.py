@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shadowkvm.kvm.generate.access import Access
+from shadowkvm.kvm.generate.devices import Devices
 from shadowkvm.kvm.generate.formats import (
     CR0_PG,
     CR0_WP,
@@ -13,7 +13,6 @@ from shadowkvm.kvm.generate.formats import (
     CR4_SMAP,
     CR4_SMEP,
     EFER_NX,
-    LONG,
     NX,
     PAE,
     PS,
@@ -26,7 +25,7 @@ from shadowkvm.kvm.generate.formats import (
 from shadowkvm.kvm.generate.image import START, Space
 
 
-class Control(Access):
+class Control(Devices):
     """What a kernel does with its control registers."""
 
     def step_invlpg(self) -> None:
@@ -113,7 +112,11 @@ class Control(Access):
             self.set_cr4(self.cpu.cr4 ^ r.choice([CR4_PGE, CR4_PSE]))
         if r.random() < 0.5:
             self.read(self.page_va())
-        bad = [i for i in range(4) if (e := self.mem.entry(root + 8 * i, 8)) & P and PAE.reserved(3, e, large=False, nx=True)]
+        bad = [
+            i
+            for i in range(4)
+            if (e := self.mem.entry(root + 8 * i, 8)) & P and PAE.reserved(3, e, large=False, nx=True)
+        ]
         if r.random() < 0.7:  # most are made good again
             for i in bad:
                 self.store(root + 8 * i, PAE.link(3, r.choice(space.tables[2])).to_bytes(8, "little"), 0)
@@ -178,4 +181,3 @@ class Control(Access):
         if not self.set_cr0(c.cr0 | CR0_PG):
             # Refused; the next root may do better.
             self.set_cr3(r.choice(space.roots))
-

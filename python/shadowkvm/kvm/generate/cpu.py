@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from shadowkvm.kvm.generate.formats import ADDR, CR0_PG, CR0_WP, CR4_PAE, EFER_NX, LONG, NX, PAE, TWO, A, D, Format, P, U, W
+from shadowkvm.kvm.generate.formats import (
+    ADDR,
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    EFER_NX,
+    LONG,
+    NX,
+    PAE,
+    TWO,
+    A,
+    D,
+    Format,
+    P,
+    U,
+    W,
+)
 from shadowkvm.kvm.generate.memory import Memory
 
 LMA = 1 << 10

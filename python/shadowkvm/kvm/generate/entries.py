@@ -101,7 +101,9 @@ class Entries(Image):
         x = self.r.random()
         if x < 0.35 and old and not space.form.is_pdpt(level):
             bits = [W, W, U, A, D, D, P, W | D, A | D, PCD]
-            return old ^ self.r.choice([*bits, PS if level == 2 and self.about == "pse" else U, NX if space.form is not TWO else W])
+            return old ^ self.r.choice(
+                [*bits, PS if level == 2 and self.about == "pse" else U, NX if space.form is not TWO else W]
+            )
         if x < 0.45:
             return old
         return 0 if x < 0.55 else self.entry(space, level)

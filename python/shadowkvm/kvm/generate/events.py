@@ -116,4 +116,12 @@ class Events(Host):
         cpl = self.user(va)
         if not self.keep(target | 0x118, value.to_bytes(self.word, "little"), cpl):
             return
-        self.emit("run", addr=va & ~0xFFF | start, expected=target | 0x118, value=value, size=self.word, length=length, cpl=cpl)
+        self.emit(
+            "run",
+            addr=va & ~0xFFF | start,
+            expected=target | 0x118,
+            value=value,
+            size=self.word,
+            length=length,
+            cpl=cpl,
+        )

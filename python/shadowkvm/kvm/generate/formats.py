@@ -58,9 +58,9 @@ class Format:
 
     def is_large(self, level: int, entry: int, cr4: int) -> bool:
         """Does this entry map a large page?"""
-        if not entry & PS or level == 1 or level == self.top:
-            return self is TWO and level == 2 and bool(entry & PS and cr4 & CR4_PSE)
-        return True
+        if self is TWO:
+            return level == 2 and bool(entry & PS and cr4 & CR4_PSE)
+        return bool(entry & PS) and level not in (1, self.top)
 
     def reserved(self, level: int, entry: int, *, large: bool, nx: bool) -> bool:
         """Has this entry reserved bits?"""

@@ -11,7 +11,6 @@ from shadowkvm.kvm.generate.cpu import Cpu
 from shadowkvm.kvm.generate.formats import (
     CR0_PG,
     CR4_OSFXSR,
-    CR4_PAE,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
@@ -99,7 +98,8 @@ class Image:
         self.about, chosen = self.theme.about, self.theme.weights
         self.guest = r.choice(self.theme.guests)
         self.weights = {
-            k: v * 10 ** r.uniform(-0.7, 0.7) * (r.random() > 0.1 or k in chosen) for k, v in {**STEPS, **chosen}.items()
+            k: v * 10 ** r.uniform(-0.7, 0.7) * (r.random() > 0.1 or k in chosen)
+            for k, v in {**STEPS, **chosen}.items()
         }
         self.odds = self._odds()
         # Other instructions than MOV and locked OR.
@@ -185,7 +185,11 @@ class Image:
         self.start: dict[str, Any] = {
             "memory": self.memory_bytes,
             "slots": [Slot(i, f << 12, n << 12, fl) for i, (f, n, fl) in sorted(self.mem.slots.items())],
-            **{"cr0": first.cr0, "cr3": first.cr3, "cr4": first.cr4, "efer": first.efer, "vcpus": n},
+            "cr0": first.cr0,
+            "cr3": first.cr3,
+            "cr4": first.cr4,
+            "efer": first.efer,
+            "vcpus": n,
         }
         if self.about in ("clear", "memory"):
             self.start["manual_dirty"] = r.choice([1, 1, 3])
@@ -212,7 +216,9 @@ class Image:
                     space.tables[level] = shared[form.entry, level]  # PAE and 64-bit guests can use each other's
                 elif form.is_pdpt(level):
                     pages = take(r.randint(1, 3))
-                    both = sorted({r.choice(pages) + 32 * r.choice([0, 0, 0, 1, 2, 5, 127]) for _ in range(r.randint(3, 9))})
+                    both = sorted(
+                        {r.choice(pages) + 32 * r.choice([0, 0, 0, 1, 2, 5, 127]) for _ in range(r.randint(3, 9))}
+                    )
                     space.tables[level] = both
                 elif level == form.top:
                     space.tables[level] = take(9 if full else r.randint(3, 9))
@@ -257,7 +263,13 @@ class Image:
             for table in mem.on_the_way(form, level):
                 mem.set_entry(table, form.entry, form.link(level, r.choice(mem.on_the_way(form, level - 1))))
                 last = max(space.indices[level])
-                if level == form.top and level < 4 + (form is LONG) and r.random() < 0.3 and last and not form.is_pdpt(level):
+                if (
+                    level == form.top
+                    and level < 4 + (form is LONG)
+                    and r.random() < 0.3
+                    and last
+                    and not form.is_pdpt(level)
+                ):
                     # a self-map, or another's
                     mem.set_entry(table + last * form.entry, form.entry, r.choice(space.roots) | FULL)
         for table in mem.on_the_way(form, 1):

@@ -71,7 +71,10 @@ ABOUT: Final[dict[str, dict[str, float]]] = {
 MORE: Final[dict[str, dict[str, dict[str, float]]]] = {
     "64-bit": {},
     "PAE": {"pdpt": {"pdpt": 15, "cr3": 10, "crs": 4}, "nx": {"crs": 10, "access": 50}},
-    "two-level": {"pse": {"crs": 10, "access": 40, "edit": 30}, "quadrants": {"edit": 40, "alias_edit": 10, "flood": 6}},
+    "two-level": {
+        "pse": {"crs": 10, "access": 40, "edit": 30},
+        "quadrants": {"edit": 40, "alias_edit": 10, "flood": 6},
+    },
     "off": {"switching": {"paging": 15, "edit": 20}, "wp": {"crs": 12, "paging": 8}},
 }
 ALWAYS: Final[dict[str, dict[str, float]]] = {"64-bit": {}, "PAE": {"pdpt": 2}, "two-level": {}, "off": {"paging": 4}}

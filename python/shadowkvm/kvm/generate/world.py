@@ -215,13 +215,15 @@ class World(Entries):
         size, shift = r.choice([p for p in whole if sum(p) <= n])
         if r.random() < 0.3 and 16 < at & 0xFFF < 0xFF0:
             image += self.mem.load(at + n, n)
-            size, shift = r.choice([p for p in [(8, 4), (8, 1), (8, 7), (4, 6), (2, 7), (4, 2), (2, 3), (4, 1), (4, 5)] if sum(p) <= 2 * n and p[0] <= self.word])
+            both = [(8, 4), (8, 1), (8, 7), (4, 6), (2, 7), (4, 2), (2, 3), (4, 1), (4, 5)]
+            size, shift = r.choice([p for p in both if sum(p) <= 2 * n and p[0] <= self.word])
         self.store(va + shift, image[shift : shift + size], cpl)
 
     def write_oddly(self, va: int, at: int, image: bytes, cpl: int) -> None:
-        """By an instruction that KVM does not take for a writer of page tables; REP and SSE write more than the entry."""
+        """By an instruction that KVM does not take for a writer of page tables; REP and SSE write more."""
         r, n = self.r, len(image)
-        kind = r.choice([*STRINGS, "rep", "movs", *(["push"] if cpl else [])])  # a #PF at CPL 0 would go to PUSH's stack
+        # A #PF at CPL 0 would go to the stack of the PUSH itself.
+        kind = r.choice([*STRINGS, "rep", "movs", *(["push"] if cpl else [])])
         near = at & 0xFFF
         if kind == "movups" and near < 0xFF0:
             self.store(va, image + self.mem.load(at + n, 16 - n), cpl, kind)

@@ -7,7 +7,8 @@ use crate::fault::insn::{Action, Insn};
 use crate::outcome::{Outcome, Status};
 use crate::types::Gva;
 
-/// #DF, #PF.
+/// #BP, #DF, #PF.
+const BREAKPOINT: u8 = 3;
 const DOUBLE_FAULT: u8 = 8;
 const PAGE_FAULT: u8 = 14;
 
@@ -18,7 +19,7 @@ pub struct Delivery {
     pub vector: u8,
     /// The error code that is pushed.
     pub error_code: Option<u32>,
-    /// The address that is pushed.
+    /// The instruction that the event interrupts; its address is pushed.
     pub rip: u64,
     /// CPL 3 before the event: the stack comes from the TSS.
     pub user: bool,
@@ -30,6 +31,8 @@ pub struct Delivery {
     pub tss: u64,
     /// The stack pointer before the event.
     pub rsp: u64,
+    /// It comes from the instruction at `rip` (INT3, INT n) and pushes the address behind it.
+    pub soft: bool,
 }
 
 impl Vm {
@@ -43,6 +46,17 @@ impl Vm {
         let outcome = self.with(vcpu, |ctx| ctx.deliver(event));
         self.end();
         outcome
+    }
+}
+
+impl Delivery {
+    /// The address that is pushed; INT3 is one byte long, INT n two.
+    const fn back(&self) -> u64 {
+        match (self.soft, self.vector) {
+            (false, _) => self.rip,
+            (true, BREAKPOINT) => self.rip + 1,
+            (true, _) => self.rip + 2,
+        }
     }
 }
 
@@ -66,11 +80,14 @@ impl Ctx<'_> {
             self.vcpu.delivering = None;
             match outcome {
                 Ok(outcome) => return outcome,
-                Err(fault) if fault.status == Status::PageFault => match combined(event.vector) {
-                    Some(PAGE_FAULT) => (event.vector, event.error_code) = (PAGE_FAULT, Some(fault.error_code)),
-                    Some(vector) => (event.vector, event.error_code) = (vector, Some(0)),
-                    None => return self.leave(Outcome::of(Status::Shutdown)),
-                },
+                Err(fault) if fault.status == Status::PageFault => {
+                    match combined(event.vector) {
+                        Some(PAGE_FAULT) => (event.vector, event.error_code) = (PAGE_FAULT, Some(fault.error_code)),
+                        Some(vector) => (event.vector, event.error_code) = (vector, Some(0)),
+                        None => return self.leave(Outcome::of(Status::Shutdown)),
+                    }
+                    event.soft = false;
+                }
                 Err(other) => return other,
             }
         }
@@ -94,7 +111,7 @@ impl Ctx<'_> {
             n => self.delivery_load(event, event.tss.wrapping_add(0x24 + 8 * (n - 1)), 8)?,
         } & !0xf;
         let (ss, cs) = if event.user { (0x1b, 0x23) } else { (0x10, selector) };
-        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.rip), event.error_code.map(u64::from)] {
+        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.back()), event.error_code.map(u64::from)] {
             let Some(word) = word else { continue };
             rsp = rsp.wrapping_sub(8);
             self.delivery_push(event, rsp, word, 8)?;
@@ -110,12 +127,12 @@ impl Ctx<'_> {
         let selector = gate >> 16 & 0xffff;
         self.delivery_load(event, event.gdt.wrapping_add(selector & !7), 8)?;
         let mut esp = event.rsp;
-        let mut frame = vec![2, selector, event.rip];
+        let mut frame = vec![2, selector, event.back()];
         if event.user {
             esp = self.delivery_load(event, event.tss.wrapping_add(4), 4)?;
             let ss = self.delivery_load(event, event.tss.wrapping_add(8), 4)? & 0xffff;
             self.delivery_load(event, event.gdt.wrapping_add(ss & !7), 8)?;
-            frame = vec![0x23, event.rsp, 2, 0x1b, event.rip];
+            frame = vec![0x23, event.rsp, 2, 0x1b, event.back()];
         }
         for word in frame.into_iter().chain(event.error_code.map(u64::from)) {
             esp = esp.wrapping_sub(4) & 0xffff_ffff;
@@ -140,7 +157,8 @@ impl Ctx<'_> {
 
     fn delivery_access(&mut self, event: &Delivery, insn: Insn) -> Result<Outcome, Outcome> {
         let gva = Gva(if self.vcpu.regs.lma() { insn.gva.0 } else { insn.gva.0 & 0xffff_ffff });
-        let outcome = self.run_insn(&Insn { gva, user: event.user, delivery: true, ..insn });
+        let Delivery { user, soft, rip, .. } = *event;
+        let outcome = self.run_insn(&Insn { gva, user, delivery: true, soft, rip: Some(rip), ..insn });
         if outcome.status == Status::Done { Ok(outcome) } else { Err(outcome) }
     }
 }

@@ -105,6 +105,7 @@ impl Ctx<'_> {
             self.pay(flush);
         }
         self.vcpu.counters.pf_guest += 1;
+        self.vcpu.cr2 = fault.address.0;
         let code = fault.code.0 as u32;
         match self.vcpu.delivering {
             Some(8) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
