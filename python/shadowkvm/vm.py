@@ -266,9 +266,13 @@ class Vm(_Vm):
             data = memoryview(cast("Buffer", data)).tobytes()
         super().write_memory(integer("gpa", gpa), data)
 
-    def read_memory(self, gpa: int, size: int) -> bytes:
-        """The host's own load of ``size`` bytes of guest memory, as `write_memory`."""
-        return super().read_memory(integer("gpa", gpa), integer("size", size))
+    def read_memory(self, gpa: int, size: int, touch: bool = False) -> bytes:
+        """The host's own load of ``size`` bytes of guest memory, as `write_memory`.
+
+        With ``touch`` absent pages become the zero page, as by a load of the process that owns the VM; without, looking
+        changes nothing.
+        """
+        return super().read_memory(integer("gpa", gpa), integer("size", size), bool(touch))
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ def test_the_promised_signatures() -> None:
         "notifier_unmap": ["gpa", "size"],
         "set_page_quota": ["n"],
         "write_memory": ["gpa", "data"],
-        "read_memory": ["gpa", "size"],
+        "read_memory": ["gpa", "size", "touch"],
         "set_host_pages": ["gpa", "size", "state"],
         "run": ["trace", "outcomes", "progress"],
         "audit": [],

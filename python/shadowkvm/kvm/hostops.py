@@ -46,7 +46,7 @@ class HostOps:
 
     def hread(self, op: Op, _guest: HasMode) -> None:
         """User space looks at pages; absent ones become the zero page."""
-        self.vm.host_read(self.place(op.addr), op.value)
+        self.vm.read_memory(self.place(op.addr), op.value, touch=True)
 
     def dirty(self, op: Op, _guest: HasMode) -> None:
         """A slot's dirty log is switched."""

@@ -1,7 +1,7 @@
 //! One vCPU: each method is one instruction of the guest.
 
 use crate::errors;
-use crate::number::{maybe_word, word};
+use crate::number::{maybe_word, wide_word, word};
 use crate::vm::Vm;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -10,6 +10,7 @@ use shadowkvm_core::cpu::Registers;
 use shadowkvm_core::engine::{Control, Delivery};
 use shadowkvm_core::fault::insn::{Action, Insn, RmwKind};
 use shadowkvm_core::outcome::Outcome as CoreOutcome;
+use shadowkvm_core::types::Gva;
 
 /// What came of one operation: status, value, `error_code`, address.
 #[pyclass(frozen, eq, module = "shadowkvm._core")]
@@ -99,6 +100,15 @@ fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
 const MAX_REPEAT: u64 = 1024;
 
+/// A string instruction with a REP prefix.
+fn repeated(action: Action, gva: u64, size: u64, count: u64, user: bool, rip: Option<u64>) -> PyResult<Insn> {
+    let insn = access(action, gva, size, How { user, rip, length: 1, ac: false, implicit: false, delivery: false })?;
+    if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
+        return Err(errors::refused(format!("REP: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8")));
+    }
+    Ok(Insn { writes_tables: false, rep: true, repeat: count as u32, ..insn })
+}
+
 fn store_kind(kind: &str) -> PyResult<bool> {
     match kind {
         "mov" => Ok(true),
@@ -173,7 +183,7 @@ impl Vcpu {
         &self,
         py: Python<'_>,
         #[pyo3(from_py_with = word)] gva: u64,
-        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = wide_word)] value: u128,
         #[pyo3(from_py_with = word)] size: u64,
         user: bool,
         kind: &str,
@@ -184,7 +194,13 @@ impl Vcpu {
         delivery: bool,
     ) -> PyResult<Outcome> {
         let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery })?;
-        self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
+        if size <= 8 && value >> 64 != 0 {
+            return Err(errors::refused(format!(
+                "value {value:#x} has more than 64 bits: only a store of 16 bytes may"
+            )));
+        }
+        let (value, high) = (value as u64, (value >> 64) as u64);
+        self.run(py, &Insn { value, high, writes_tables: store_kind(kind)?, ..insn })
     }
 
     /// A read-modify-write: "or", "and", "xor", "add", "xchg" or "cmpxchg" with `operand`; `value` is what was there.
@@ -238,14 +254,23 @@ impl Vcpu {
         user: bool,
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
-        let insn = access(Action::Store, gva, size, how)?;
-        if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
-            return Err(errors::refused(format!(
-                "rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8"
-            )));
-        }
-        self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count as u32, ..insn })
+        self.run(py, &Insn { value, ..repeated(Action::Store, gva, size, count, user, rip)? })
+    }
+
+    /// REP MOVS: `count` elements (at most 1,024) of `size` bytes from `source` upwards to `gva` upwards.
+    #[pyo3(signature = (gva, source, count, size=8, user=false, *, rip=None))]
+    fn rep_movs(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] source: u64,
+        #[pyo3(from_py_with = word)] count: u64,
+        #[pyo3(from_py_with = word)] size: u64,
+        user: bool,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
+        let insn = Insn { source: Gva(source), ..repeated(Action::Copy, gva, size, count, user, rip)? };
+        self.run(py, &insn)
     }
 
     /// MOV to CR0. A value that the CPU or the engine does not take is the guest's #GP.

@@ -142,11 +142,16 @@ impl Vm {
         self.engine.write_memory(Gpa(gpa), &data.to_vec(py)?).map_err(errors::memory)
     }
 
-    fn read_memory(&self, gpa: u64, size: usize) -> PyResult<Vec<u8>> {
+    #[pyo3(signature = (gpa, size, touch=false))]
+    fn read_memory(&mut self, gpa: u64, size: usize, touch: bool) -> PyResult<Vec<u8>> {
         if size > MAX_READ {
             return Err(errors::refused(format!("read_memory: size {size} is above the limit of {MAX_READ} bytes")));
         }
-        self.engine.read_memory(Gpa(gpa), size).map_err(errors::memory)
+        let bytes = self.engine.read_memory(Gpa(gpa), size).map_err(errors::memory)?;
+        if touch {
+            self.engine.touch(Gpa(gpa), size).map_err(errors::memory)?;
+        }
+        Ok(bytes)
     }
 
     fn set_host_pages(&mut self, gpa: u64, size: u64, state: &str) -> PyResult<()> {

@@ -2,15 +2,13 @@
 //! that may fault in its own right (APM vol. 2 sections 8.9 and 12.2, SDM vol. 3 section 6.12).
 
 use crate::engine::Vm;
-use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
+use crate::fault::{Ctx, DOUBLE_FAULT, PAGE_FAULT};
 use crate::outcome::{Outcome, Status};
 use crate::types::Gva;
 
-/// #BP, #DF, #PF.
+/// #BP.
 const BREAKPOINT: u8 = 3;
-const DOUBLE_FAULT: u8 = 8;
-const PAGE_FAULT: u8 = 14;
 
 /// An event, and where the guest keeps its tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,33 +58,20 @@ impl Delivery {
     }
 }
 
-/// The vector that a #PF during the delivery of another event becomes; `None`: shutdown.
-const fn combined(first: u8) -> Option<u8> {
-    match first {
-        DOUBLE_FAULT => None,
-        // Contributory exceptions only combine among each other and into #PF: a #PF after one of them is itself.
-        PAGE_FAULT => Some(DOUBLE_FAULT),
-        _ => Some(PAGE_FAULT),
-    }
-}
-
 impl Ctx<'_> {
     fn deliver(&mut self, event: &Delivery) -> Outcome {
         let mut event = *event;
         loop {
-            self.vcpu.delivering = Some(event.vector);
             self.vcpu.injected = Some((event.vector, event.error_code.unwrap_or(0)));
             let outcome = self.deliver_once(&event);
-            self.vcpu.delivering = None;
             match outcome {
                 Ok(outcome) => return outcome,
                 Err(fault) if fault.status == Status::PageFault => {
-                    match combined(event.vector) {
-                        Some(PAGE_FAULT) => (event.vector, event.error_code) = (PAGE_FAULT, Some(fault.error_code)),
-                        Some(vector) => (event.vector, event.error_code) = (vector, Some(0)),
-                        None => return self.leave(Outcome::of(Status::Shutdown)),
-                    }
+                    (event.vector, event.error_code) = (PAGE_FAULT, Some(fault.error_code));
                     event.soft = false;
+                }
+                Err(fault) if fault.status == Status::DoubleFault => {
+                    (event.vector, event.error_code) = (DOUBLE_FAULT, Some(0));
                 }
                 Err(other) => return other,
             }

@@ -3,6 +3,7 @@
 use crate::config::{MAX_QUOTA, MIN_QUOTA};
 use crate::engine::Vm;
 use crate::error::{ConfigError, MemoryError, refuse};
+use crate::memory::HostState;
 use crate::shadow::Flush;
 use crate::types::{Gfn, Gpa, PAGE_SIZE};
 
@@ -175,6 +176,21 @@ impl Vm {
     pub fn read_memory(&self, gpa: Gpa, size: usize) -> Result<Vec<u8>, MemoryError> {
         self.check_memory(gpa, size as u64)?;
         Ok(self.shadow.memory.host.read_bytes(gpa, size))
+    }
+
+    /// What a load of user space does to its pages: an absent one becomes the zero page.
+    ///
+    /// # Errors
+    /// A range that is not the VM's memory; nothing was changed.
+    pub fn touch(&mut self, gpa: Gpa, size: usize) -> Result<(), MemoryError> {
+        self.check_memory(gpa, size as u64)?;
+        let host = &mut self.shadow.memory.host;
+        for gfn in gpa.gfn().0..(gpa.0 + size as u64).div_ceil(PAGE_SIZE) {
+            if host.state(Gfn(gfn)) == HostState::Absent {
+                host.set_state(Gfn(gfn), HostState::Zero);
+            }
+        }
+        Ok(())
     }
 
     /// The host writes a page that a recorded guest changed by stores that the recording left out. Synced shadow

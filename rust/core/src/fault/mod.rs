@@ -14,10 +14,14 @@ use crate::guest::walk::{GuestFault, GuestWalk, Walker, walk_addr};
 use crate::hw::walk::CpuView;
 use crate::memory::HostState;
 use crate::mode::{LEVEL4, LEVEL5};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Status};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{ErrorCode, Gfn, Gpa, Gva};
 use insn::Insn;
+
+/// The vectors of #DF and #PF.
+pub(crate) const DOUBLE_FAULT: u8 = 8;
+pub(crate) const PAGE_FAULT: u8 = 14;
 
 /// How an exit was handled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,10 +111,15 @@ impl Ctx<'_> {
         self.vcpu.counters.pf_guest += 1;
         self.vcpu.cr2 = fault.address.0;
         let code = fault.code.0 as u32;
+        // kvm_multiple_exception (6.1): a #PF while another is delivered becomes #DF, while #DF is delivered a shutdown.
+        // After any other event it is itself; contributory exceptions only combine among each other.
         match self.vcpu.delivering {
-            Some(8) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
-            Some(14) => self.queue_exception(8, 0),
-            _ => self.queue_exception(14, code),
+            Some(DOUBLE_FAULT) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
+            Some(PAGE_FAULT) => {
+                self.queue_exception(DOUBLE_FAULT, 0);
+                return Outcome { address: fault.address.0, ..Outcome::of(Status::DoubleFault) };
+            }
+            _ => self.queue_exception(PAGE_FAULT, code),
         }
         Outcome::page_fault(fault.address.0, fault.code)
     }

@@ -270,6 +270,15 @@ impl Host {
         }
     }
 
+    /// Stores `size` (1 to 16) bytes that lie inside one page.
+    #[inline]
+    pub fn write_wide(&mut self, gpa: Gpa, size: u8, value: u128) {
+        self.write(gpa, size.min(8), value as u64);
+        if size > 8 {
+            self.write(Gpa(gpa.0 + 8), size - 8, (value >> 64) as u64);
+        }
+    }
+
     /// Copies `data` to `gpa`, over as many pages as it takes.
     pub fn write_bytes(&mut self, gpa: Gpa, data: &[u8]) {
         let mut at = gpa.0;
