@@ -290,6 +290,7 @@ requests! {
     TLB_FLUSH_CURRENT 16 "Flush the TLB entries of the current root.";
     TLB_FLUSH_GUEST 32 "As the guest asked: sync, forget unsync previous roots, flush.";
     TRIPLE_FAULT 64 "Shut down.";
+    EVENT 128 "Inject an event.";
 }
 
 impl Requests {
@@ -341,6 +342,10 @@ pub struct Vcpu {
     pub delivering: Option<u8>,
     /// The exception being delivered: vector and error code, for `[reinjected]`.
     pub injected: Option<(u8, u32)>,
+    /// CR2: where the guest's last #PF was.
+    pub cr2: u64,
+    /// RIP and privilege (CPL 3) of the INT instruction whose event goes in again with `Requests::EVENT`.
+    pub soft_event: (Gva, bool),
 }
 
 impl Vcpu {
@@ -362,6 +367,8 @@ impl Vcpu {
             counters: VcpuCounters::default(),
             delivering: None,
             injected: None,
+            cr2: 0,
+            soft_event: (Gva(0), false),
         }
     }
 

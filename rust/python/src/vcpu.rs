@@ -333,7 +333,10 @@ impl Vcpu {
     /// `idt`, `gdt`, `tss`: where the guest's tables are; `rsp`: the stack before; `user`: CPL 3 before it. A guest #PF
     /// meanwhile takes the event's place or becomes #DF, and a second one there shuts the vCPU down. Returns an Outcome:
     /// "done" with `error_code` = vector whose handler runs, `address` = the handler, `value` = stack pointer.
-    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false))]
+    ///
+    /// `soft`: the instruction at `rip` raises it (INT3, INT n). KVM on hardware without next RIP decodes that again
+    /// whenever it puts the event in once more.
+    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false, soft=false))]
     fn deliver(
         &self,
         py: Python<'_>,
@@ -345,8 +348,9 @@ impl Vcpu {
         error_code: Option<u32>,
         #[pyo3(from_py_with = word)] rip: u64,
         user: bool,
+        soft: bool,
     ) -> PyResult<Outcome> {
-        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp };
+        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp, soft };
         Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.deliver(self.index, &event)))
     }
 
@@ -405,6 +409,12 @@ impl Vcpu {
         };
         regs.cs_l = cs_l.unwrap_or(if regs.lma() == old.lma() { old.cs_l } else { regs.lma() });
         vm.engine.set_sregs(self.index, regs).map_err(errors::config)
+    }
+
+    /// CR2: the address of the guest's last #PF.
+    #[getter]
+    fn cr2(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.vm.try_borrow(py)?.engine.vcpus()[self.index].cr2)
     }
 
     /// The control registers.

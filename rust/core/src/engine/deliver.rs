@@ -7,6 +7,9 @@ use crate::fault::{Ctx, DOUBLE_FAULT, PAGE_FAULT};
 use crate::outcome::{Outcome, Status};
 use crate::types::Gva;
 
+/// #BP.
+const BREAKPOINT: u8 = 3;
+
 /// An event, and where the guest keeps its tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Delivery {
@@ -14,7 +17,7 @@ pub struct Delivery {
     pub vector: u8,
     /// The error code that is pushed.
     pub error_code: Option<u32>,
-    /// The address that is pushed.
+    /// The instruction that the event interrupts; its address is pushed.
     pub rip: u64,
     /// CPL 3 before the event: the stack comes from the TSS.
     pub user: bool,
@@ -26,6 +29,8 @@ pub struct Delivery {
     pub tss: u64,
     /// The stack pointer before the event.
     pub rsp: u64,
+    /// It comes from the instruction at `rip` (INT3, INT n) and pushes the address behind it.
+    pub soft: bool,
 }
 
 impl Vm {
@@ -42,6 +47,17 @@ impl Vm {
     }
 }
 
+impl Delivery {
+    /// The address that is pushed; INT3 is one byte long, INT n two.
+    const fn back(&self) -> u64 {
+        match (self.soft, self.vector) {
+            (false, _) => self.rip,
+            (true, BREAKPOINT) => self.rip + 1,
+            (true, _) => self.rip + 2,
+        }
+    }
+}
+
 impl Ctx<'_> {
     fn deliver(&mut self, event: &Delivery) -> Outcome {
         let mut event = *event;
@@ -52,6 +68,7 @@ impl Ctx<'_> {
                 Ok(outcome) => return outcome,
                 Err(fault) if fault.status == Status::PageFault => {
                     (event.vector, event.error_code) = (PAGE_FAULT, Some(fault.error_code));
+                    event.soft = false;
                 }
                 Err(fault) if fault.status == Status::DoubleFault => {
                     (event.vector, event.error_code) = (DOUBLE_FAULT, Some(0));
@@ -79,7 +96,7 @@ impl Ctx<'_> {
             n => self.delivery_load(event, event.tss.wrapping_add(0x24 + 8 * (n - 1)), 8)?,
         } & !0xf;
         let (ss, cs) = if event.user { (0x1b, 0x23) } else { (0x10, selector) };
-        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.rip), event.error_code.map(u64::from)] {
+        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.back()), event.error_code.map(u64::from)] {
             let Some(word) = word else { continue };
             rsp = rsp.wrapping_sub(8);
             self.delivery_push(event, rsp, word, 8)?;
@@ -95,12 +112,12 @@ impl Ctx<'_> {
         let selector = gate >> 16 & 0xffff;
         self.delivery_load(event, event.gdt.wrapping_add(selector & !7), 8)?;
         let mut esp = event.rsp;
-        let mut frame = vec![2, selector, event.rip];
+        let mut frame = vec![2, selector, event.back()];
         if event.user {
             esp = self.delivery_load(event, event.tss.wrapping_add(4), 4)?;
             let ss = self.delivery_load(event, event.tss.wrapping_add(8), 4)? & 0xffff;
             self.delivery_load(event, event.gdt.wrapping_add(ss & !7), 8)?;
-            frame = vec![0x23, event.rsp, 2, 0x1b, event.rip];
+            frame = vec![0x23, event.rsp, 2, 0x1b, event.back()];
         }
         for word in frame.into_iter().chain(event.error_code.map(u64::from)) {
             esp = esp.wrapping_sub(4) & 0xffff_ffff;
@@ -125,7 +142,8 @@ impl Ctx<'_> {
 
     fn delivery_access(&mut self, event: &Delivery, insn: Insn) -> Result<Outcome, Outcome> {
         let gva = Gva(if self.vcpu.regs.lma() { insn.gva.0 } else { insn.gva.0 & 0xffff_ffff });
-        let outcome = self.run_insn(&Insn { gva, user: event.user, delivery: true, ..insn });
+        let Delivery { user, soft, rip, .. } = *event;
+        let outcome = self.run_insn(&Insn { gva, user, delivery: true, soft, rip: Some(rip), ..insn });
         if outcome.status == Status::Done { Ok(outcome) } else { Err(outcome) }
     }
 }

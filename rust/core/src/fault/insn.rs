@@ -63,6 +63,8 @@ pub struct Insn {
     pub system: bool,
     /// An access of event delivery.
     pub delivery: bool,
+    /// The event that is delivered is INT3 or INT n; `rip` is that instruction's.
+    pub soft: bool,
     /// The store leaves memory as it is.
     pub keep: bool,
     /// REP prefix.
@@ -93,6 +95,7 @@ impl Insn {
             ac: false,
             system: false,
             delivery: false,
+            soft: false,
             keep: false,
             rep: false,
             repeat: 1,

@@ -109,6 +109,7 @@ impl Ctx<'_> {
             self.pay(flush);
         }
         self.vcpu.counters.pf_guest += 1;
+        self.vcpu.cr2 = fault.address.0;
         let code = fault.code.0 as u32;
         // kvm_multiple_exception (6.1): a #PF while another is delivered becomes #DF, while #DF is delivered a shutdown.
         // After any other event it is itself; contributory exceptions only combine among each other.

@@ -75,12 +75,23 @@ impl Ctx<'_> {
             let allow_retry = !self.mmio_in_cache(gva);
             return self.emulate(insn, gva, Emulation { allow_retry, write_to_table });
         }
-        if insn.delivery
-            && let Some((vector, code)) = self.vcpu.injected
-        {
-            self.shadow.events.inj_exception(vector, code, true);
+        if insn.delivery {
+            self.reinject(insn);
         }
         After::Resume
+    }
+
+    /// The event whose delivery faulted goes in again. A soft one (INT3, INT n) pushes the RIP behind its instruction,
+    /// which hardware without next RIP leaves to KVM's decoder, at the next entry (`svm_update_soft_interrupt_rip`, 6.1).
+    fn reinject(&mut self, insn: &Insn) {
+        if insn.soft {
+            if !self.shadow.config.cpu.nrips {
+                self.vcpu.soft_event = (Gva(insn.rip_or_zero()), insn.user);
+                self.vcpu.requests.raise(Requests::EVENT);
+            }
+        } else if let Some((vector, code)) = self.vcpu.injected {
+            self.shadow.events.inj_exception(vector, code, true);
+        }
     }
 
     fn count_exit(&mut self, insn: &Insn, gva: Gva, code: ErrorCode) {
