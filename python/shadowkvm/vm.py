@@ -203,7 +203,7 @@ class Vm(_Vm):
         """
         super().notifier_change(integer("gpa", gpa), integer("size", size))
 
-    def notifier_age(self, gpa: int, size: int, *, flush: bool = True) -> bool:
+    def notifier_age(self, gpa: int, size: int, flush: bool = True) -> bool:
         """Was any page of the range used since it was last asked? A is cleared in the entries that map it.
 
         ``flush``: with a remote flush if any was (``clear_flush_young``), or without (``clear_young``).

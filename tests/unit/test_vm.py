@@ -27,7 +27,14 @@ def test_the_promised_signatures() -> None:
     signature = inspect.signature(sk.Vm)
     assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "features", "nx_huge_pages", "events"]
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "memory"}
-    assert defaults == {"vcpus": 1, "policy": None, "profile": "zen", "features": None, "nx_huge_pages": False, "events": False}
+    assert defaults == {
+        "vcpus": 1,
+        "policy": None,
+        "profile": "zen",
+        "features": None,
+        "nx_huge_pages": False,
+        "events": False,
+    }
     promised = {
         "add_slot": ["slot", "gpa", "size", "readonly", "dirty_log"],
         "delete_slot": ["slot"],
