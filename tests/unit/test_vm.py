@@ -20,14 +20,21 @@ def test_the_promised_names_are_there() -> None:
         assert hasattr(sk, name), name
         assert name in sk.__all__
     assert sk.model_version == "linux-6.1"
+    assert sk.MODELS == ("linux-6.1", "linux-6.12")
     assert sk.__version__[0].isdigit()
 
 
 def test_the_promised_signatures() -> None:
     signature = inspect.signature(sk.Vm)
-    assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "events"]
+    assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "events", "model_version"]
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "memory"}
-    assert defaults == {"vcpus": 1, "policy": None, "profile": "zen", "events": False}
+    assert defaults == {
+        "vcpus": 1,
+        "policy": None,
+        "profile": "zen",
+        "events": False,
+        "model_version": sk.model_version,
+    }
     promised = {
         "add_slot": ["slot", "gpa", "size", "readonly", "dirty_log"],
         "delete_slot": ["slot"],

@@ -8,6 +8,7 @@ from typing import Any, Final
 from shadowkvm._core import COUNTERS, EVENTS, Vm
 from shadowkvm.kvm.case import Answer, Case, Op
 from shadowkvm.kvm.layout import IMAGE, LABELS, RT, stub_of
+from shadowkvm.kvm.model import model_of
 
 __all__ = ["COMPARED", "Driver"]
 
@@ -34,12 +35,12 @@ class Driver:
     Args:
         case: its start state is set up; its operations are given to `step` one by one.
         events: record events, for `events_of_step`.
-        profile: CPU profile; default: that of the recording.
+        model: the kernel whose rules hold; default: that of the kernel which answered.
     """
 
-    def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
-        mask = ALL_EVENTS if events else 0
-        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+    def __init__(self, case: Case, *, events: bool = False, model: str | None = None) -> None:
+        mask, model = ALL_EVENTS if events else 0, model or model_of(case.kernel)
+        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", case.profile, mask, case.nx_huge_pages, model)
         self.events: list[str] = []
         self._tracing = events
         self._set_up(case)
