@@ -52,7 +52,7 @@ def test_memory_is_a_whole_number(memory: Any) -> None:
         ({"policy": 7}, "a name is expected"),
         ({"profile": "intel"}, "there are: zen, qemu-tcg"),
         ({"profile": None}, "a name is expected"),
-        ({"model_version": "linux-6.2"}, "did you mean 'linux-6.12' or 'linux-6.1'? There are: linux-6.1, linux-6.12"),
+        ({"model_version": "linux-6.2"}, "did you mean 'linux-6.12' or 'linux-6.1'\\? There are: linux-6.1, linux-6.12"),
         ({"model_version": "6"}, "model_version '6' is not known; there are: linux-6.1, linux-6.12"),
         ({"model_version": 612}, "model_version 612: a name is expected"),
         ({"events": "kvm_exit"}, "a list of names"),

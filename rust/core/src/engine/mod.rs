@@ -120,6 +120,9 @@ impl Vm {
             self.with(vcpu, |ctx| {
                 ctx.vcpu.regs = regs;
                 ctx.reset_context();
+                if ctx.shadow.config.kernel.sregs_flush {
+                    ctx.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST);
+                }
             });
         }
         Ok(())
