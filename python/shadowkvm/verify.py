@@ -53,6 +53,7 @@ def add_verbs(app: App) -> None:
     examples = (
         "shadowkvm verify tests/conformance/data/random-1.json.xz",
         "shadowkvm verify --random 20 --seed 1",
+        "shadowkvm verify --random 20 --group PAE",
         "shadowkvm verify --backend qemu --events case.json",
         "shadowkvm verify --random 20 --kernel-root linux-6.12",
     )
@@ -67,6 +68,10 @@ def verify(
         Parameter(help="Who says what KVM does: the files (recorded), QEMU, or this machine's /dev/kvm (kvm)."),
     ] = None,
     random: Annotated[int, Parameter(help="Make this many random cases.", show_default=False)] = 0,
+    group: Annotated[
+        Literal["64-bit", "PAE", "two-level", "off", "vcpus", "host", "all"],
+        Parameter(help="What guests: their paging, or several vCPUs, or busy hosts."),
+    ] = "64-bit",
     seed: Annotated[int, Parameter(help="Seed of the first of them; the others have the next ones.")] = 1,
     ops: Annotated[int, Parameter(help="Operations in each of them.")] = 500,
     events: Annotated[
@@ -109,7 +114,9 @@ def verify(
     if kernel_root and backend != "qemu":
         raise UsageError("only --backend qemu boots a kernel: --kernel-root is for it")
     model = model_version and choice("--model-version", model_version, MODEL_VERSIONS)
-    made = [case for path in cases for case in load(path)] + [generate(seed + i, ops) for i in range(random)]
+    made = [case for path in cases for case in load(path)] + [
+        generate(seed + i, ops, group=group) for i in range(random)
+    ]
     with asking(backend, sum(len(c.ops) for c in made), kernel_root, quiet=quiet) as (referee, tick):
         verdicts = []
         for verdict in judge(referee, made, events=events, model=model) if referee else recorded(made, model):

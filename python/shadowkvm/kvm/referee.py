@@ -73,7 +73,7 @@ def judge(
 
 
 def _hold(case: Case, answers: list[Answer], traced: list[list[str]] | None, model: str | None) -> Verdict:
-    n, why = usable(answers, case.ops)
+    n, why = usable(answers, case)
     note = f"{n} of {len(case.ops)} operations: {why or 'no more answers'}" if n < len(case.ops) else ""
     agreement = compare(case, answers[:n], events=traced, model=model)
     return Verdict(agreement, answers[:n], note=note)
@@ -82,7 +82,7 @@ def _hold(case: Case, answers: list[Answer], traced: list[list[str]] | None, mod
 def _settle(first: Verdict, answers: list[Answer], traced: list[list[str]] | None, model: str | None) -> Verdict:
     """The verdict after a second run: where the two runs differ, the one that the engine agrees with stands."""
     case, doubtful = first.agreement.case, set(first.agreement.disagreed)
-    n = min(usable(answers, case.ops)[0], len(first.answers))
+    n = min(usable(answers, case)[0], len(first.answers))
     merged = [answers[i] if i in doubtful else first.answers[i] for i in range(n)]
     second = _hold(case, merged, traced, model)
     changed = sum(answers[i] != first.answers[i] for i in doubtful if i < n)

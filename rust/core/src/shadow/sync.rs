@@ -4,6 +4,7 @@ use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
 use crate::memory::{HostState, Slot};
+use crate::mode::Mode;
 use crate::shadow::make::Leaf;
 use crate::shadow::page::Bitmap;
 use crate::shadow::spte::{HOST_WRITABLE, Spte};
@@ -13,9 +14,16 @@ use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
 
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
-    pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize) -> Option<Gpte> {
+    pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize, bytes: u8) -> Option<Gpte> {
         let readable = self.memory.slot(table).is_some() && self.memory.host.state(table) != HostState::Absent;
-        readable.then(|| Gpte(self.memory.host.entry(table, index)))
+        readable.then(|| Gpte(self.memory.host.entry(table, index, bytes)))
+    }
+
+    /// The guest's entry behind one of a page's entries, read likewise.
+    fn gpte_behind(&self, pos: SptePos) -> Option<Gpte> {
+        let page = &self.arena[pos.page()];
+        let index = Mode::gpte_index(page.role.quadrant(), pos.index());
+        self.read_gpte_atomic(page.gfn, index, page.role.entry_bytes())
     }
 
     /// Whether the page's entries mean the same to the vCPU as to the one that made them (`kvm_sync_page_check`, 6.12).
@@ -32,14 +40,15 @@ impl Shadow {
         }
         let page = &self.arena[id];
         let (table, used, granted) = (page.gfn, page.used, page.role.access());
+        let (quadrant, bytes) = (page.role.quadrant(), page.role.entry_bytes());
         if used == Bitmap::default() {
             return Some(false);
         }
-        self.read_gpte_atomic(table, 0)?;
+        self.read_gpte_atomic(table, 0, bytes)?;
         let logging = self.memory.slots().iter().any(Slot::logs_dirty);
         let mut flush = false;
         for (word, mut rest) in used.into_iter().enumerate().filter(|(_, rest)| *rest != 0) {
-            let gptes = self.memory.host.entries(table, word);
+            let gptes = self.memory.host.entries(table, Mode::gpte_index(quadrant, 64 * word), bytes);
             while rest != 0 {
                 let bit = rest.trailing_zeros() as usize;
                 rest &= rest - 1;
@@ -60,7 +69,7 @@ impl Shadow {
             return None;
         }
         let access = gpte.protect_clean(granted.and(gpte.access()));
-        if !self.arena.maps(pos, gpte.gfn(Level::PT), access) {
+        if !self.arena.maps(pos, gpte.gfn(), access) {
             return None;
         }
         if self.config.kernel.sync_keeps_unchanged {
@@ -83,7 +92,7 @@ impl Shadow {
             self.zap_entry(pos);
             return true;
         }
-        let gfn = gpte.gfn(Level::PT);
+        let gfn = gpte.gfn();
         let access = gpte.protect_clean(self.arena[pos.page()].role.access().and(gpte.access()));
         if old.is_mmio() {
             // An MMIO entry is renewed whether or not its frame got a slot in the meantime (sync_mmio_spte, 6.1).
@@ -146,12 +155,10 @@ impl Shadow {
 
     /// Syncs one entry (`kvm_sync_spte`, 6.12), or drops it if that is not possible.
     fn sync_in_place(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
-        let id = pos.page();
         if self.spte(pos) == Spte::EMPTY {
             return Flush::NONE;
         }
-        let gpte = self.read_gpte_atomic(self.arena[id].gfn, pos.index()).filter(|_| self.can_sync(id, role));
-        let Some(gpte) = gpte else {
+        let Some(gpte) = self.gpte_behind(pos).filter(|_| self.can_sync(pos.page(), role)) else {
             self.zap_entry(pos);
             return Flush::when(true);
         };
@@ -160,10 +167,9 @@ impl Shadow {
 
     /// Drops one entry and, if the guest's entry allows it, makes it again (`FNAME(invlpg)`, 6.1).
     fn drop_and_prefetch(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
-        let table = self.arena[pos.page()].gfn;
         let was_present = self.zap_entry(pos);
         let mut owed = Flush::when(was_present);
-        if let Some(gpte) = self.read_gpte_atomic(table, pos.index()) {
+        if let Some(gpte) = self.gpte_behind(pos) {
             owed += self.prefetch_gpte(pos, gpte, role, false).1;
         }
         owed
