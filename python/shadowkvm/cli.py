@@ -22,7 +22,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from shadowkvm import report
-from shadowkvm._core import MODEL_VERSION, POLICIES
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
 from shadowkvm.output import event_file
@@ -103,7 +103,7 @@ def _bytes(_: Any, tokens: Sequence[Any]) -> int:
     help_epilogue=_examples(
         "shadowkvm run examples/recordings/fork20-demote64.npz",
         "shadowkvm run guest.npz --policy no_unsync --quota 1000",
-        "shadowkvm run guest.npz -o result.json",
+        "shadowkvm run guest.npz --model-version linux-6.12 -o result.json",
         "shadowkvm run guest.npz --events events.txt > report.txt",
         "shadowkvm run guest.npz --format csv | sort",
     )
@@ -114,6 +114,9 @@ def run(
     *,
     policy: Annotated[str | None, Parameter(help="Decisions of KVM to replace, see: shadowkvm policy list.")] = None,
     profile: Annotated[str, Parameter(help="The CPU: zen, or qemu-tcg.")] = "zen",
+    model_version: Annotated[
+        str, Parameter(help=f"The kernel whose rules hold: {', or '.join(MODEL_VERSIONS)}.")
+    ] = MODEL_VERSION,
     memory: Annotated[
         int | None,
         Parameter(converter=_bytes, help="Guest memory, as 128M or 1G. [default: as recorded; 128M for a trace]"),
@@ -145,7 +148,7 @@ def run(
     source = open_trace(trace)
     with (
         source if isinstance(source, Recording) else nullcontext(),
-        event_file(events) if events else nullcontext() as sink,
+        event_file(events, model_version) if events else nullcontext() as sink,
         rows_progress("replay", len(source), quiet=quiet) as progress,
     ):
         done = replay(
@@ -153,6 +156,7 @@ def run(
             name=trace.stem,
             policy=policy,
             profile=profile,
+            model_version=model_version,
             memory=memory,
             quota=quota,
             sink=sink,
