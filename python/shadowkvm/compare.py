@@ -51,7 +51,7 @@ class Comparison:
     runs: tuple[Replay, ...]
 
     def counters(self) -> dict[str, list[int]]:
-        """Each counter that is not zero everywhere: its value in each variant (of instant ones the value at the end)."""
+        """Each counter that is not zero everywhere: its value at the end in each variant."""
         names = [*_FIRST, *(name for name in COUNTER_INFO if name not in _FIRST)]
         rows = {name: [int(run.result.counters[name]) for run in self.runs] for name in names}
         return {name: row for name, row in rows.items() if any(row)}

@@ -41,8 +41,8 @@ class Vm(_Vm):
         vcpus: number of virtual CPUs, 1 to 255.
         policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of the kernel.
         profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
-        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel": whose
-            reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
+        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel":
+            whose reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
             "decode_assists", "rsvd_sets_p", "rmw_reads_first".
         nx_huge_pages: huge pages are split where the guest executes from them.
         events: what `events` records: True (everything), False, or names of tracepoints.
