@@ -142,7 +142,8 @@ impl Machine {
     pub const fn cpu(&self) -> CpuFeatures {
         let mut cpu = if self.kind & 1 == 0 { ZEN } else { QEMU_TCG };
         let bits = self.more[1];
-        cpu.maxphyaddr = [cpu.maxphyaddr, 36, 39, 40, 46, 52, 43, 37][(bits & 7) as usize];
+        // MMIO entries of the shadow are marked by bit 51, so KVM has none where addresses are longer.
+        cpu.maxphyaddr = [cpu.maxphyaddr, 36, 39, 40, 46, 51, 43, 37][(bits & 7) as usize];
         cpu.vendor = if bits & 8 == 0 { Vendor::Amd } else { Vendor::Intel };
         cpu.gbpages = bits & 0x10 == 0;
         cpu.pcid ^= bits & 0x20 != 0;
@@ -150,6 +151,14 @@ impl Machine {
         cpu.pku = bits & 0x40 != 0;
         cpu.la57 ^= bits & 0x80 != 0;
         cpu
+    }
+
+    /// Whether a frame does not begin as zeros.
+    #[must_use]
+    pub const fn writes(&self, gfn: u64) -> bool {
+        gfn >= 1 && gfn <= TABLES
+            || self.host & 0x80 != 0 && gfn >= PML5 && gfn <= DESCRIPTORS
+            || self.host & 0x10 != 0 && gfn == SLOT1.0 >> 12
     }
 
     fn registers(&self, vcpu: usize) -> Registers {

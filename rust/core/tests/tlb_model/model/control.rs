@@ -30,7 +30,8 @@ pub(crate) struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Fine(State),
-    GeneralProtection,
+    /// #GP, and the state after it: the same but for one case.
+    GeneralProtection(State),
     InvalidOpcode,
 }
 
@@ -43,8 +44,8 @@ impl State {
         match self.paging() {
             Paging::Off => Base::Flat,
             Paging::Pae => Base::Pdptes(self.pdptes),
-            Paging::Two => Base::Table(self.regs.cr3 >> 12 & bits(0, 19)),
-            Paging::Four | Paging::Five => Base::Table(self.regs.cr3 >> 12 & bits(0, 39)),
+            // In 32-bit paging, too: KVM takes what is left of a CR3 that was loaded in long mode.
+            Paging::Two | Paging::Four | Paging::Five => Base::Table(self.regs.cr3 >> 12 & bits(0, 39)),
         }
     }
 
@@ -71,11 +72,11 @@ impl State {
     }
 
     /// `self` after `old`, with PDPTEs if PAE paging is on and one of the bits that load them has changed.
-    fn loaded(self, changed: u64, memory: &Memory, cpu: &CpuFeatures) -> Verdict {
+    fn loaded(self, old: Self, changed: u64, memory: &Memory, cpu: &CpuFeatures) -> Verdict {
         if self.paging() != Paging::Pae || changed == 0 {
             return Verdict::Fine(self);
         }
-        self.load_pdptes(memory, cpu).map_or(Verdict::GeneralProtection, Verdict::Fine)
+        self.load_pdptes(memory, cpu).map_or(Verdict::GeneralProtection(old), Verdict::Fine)
     }
 
     pub(crate) fn mov_cr0(self, value: u64, memory: &Memory, cpu: &CpuFeatures) -> Verdict {
@@ -89,31 +90,35 @@ impl State {
             || on && old.efer & EFER_LME != 0 && (old.cr4 & CR4_PAE == 0 || old.cs_l)
             || off && (self.lma() && old.cs_l || old.cr4 & CR4_PCIDE != 0);
         if illegal {
-            return Verdict::GeneralProtection;
+            return Verdict::GeneralProtection(self);
         }
         let cr0 = value & CR0_BITS | CR0_ET;
         let lma = if cr0 & CR0_PG != 0 && old.efer & EFER_LME != 0 { EFER_LMA } else { 0 };
         let new = self.with(Registers { cr0, efer: old.efer & !EFER_LMA | lma, ..old });
-        new.loaded((cr0 ^ old.cr0) & (CR0_PG | CR0_CD | CR0_NW), memory, cpu)
+        new.loaded(self, (cr0 ^ old.cr0) & (CR0_PG | CR0_CD | CR0_NW), memory, cpu)
     }
 
     pub(crate) fn mov_cr4(self, value: u64, memory: &Memory, cpu: &CpuFeatures) -> Verdict {
         let old = self.regs;
         let value = if cpu.decode_assists { value } else { value & 0xffff_ffff };
-        if !cr4_exists(value, cpu)
-            || self.lma() && (value & CR4_PAE == 0 || (value ^ old.cr4) & CR4_LA57 != 0)
-            || value & !old.cr4 & CR4_PCIDE != 0 && (!self.lma() || old.cr3 & 0xfff != 0)
-        {
-            return Verdict::GeneralProtection;
+        if !cr4_exists(value, cpu) || self.lma() && (value & CR4_PAE == 0 || (value ^ old.cr4) & CR4_LA57 != 0) {
+            return Verdict::GeneralProtection(self);
         }
         let new = self.with(Registers { cr4: value, ..old });
-        new.loaded((value ^ old.cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP), memory, cpu)
+        let done = new.loaded(self, (value ^ old.cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP), memory, cpu);
+        match done {
+            // KVM looks at PCIDE when it has already loaded the PDPTEs (`kvm_set_cr4`, 6.1).
+            Verdict::Fine(loaded) if value & !old.cr4 & CR4_PCIDE != 0 && (!self.lma() || old.cr3 & 0xfff != 0) => {
+                Verdict::GeneralProtection(Self { pdptes: loaded.pdptes, ..self })
+            }
+            done => done,
+        }
     }
 
     pub(crate) fn wrmsr_efer(self, value: u64) -> Verdict {
         let old = self.regs;
         if value & !EFER_BITS != 0 || old.cr0 & CR0_PG != 0 && (value ^ old.efer) & EFER_LME != 0 {
-            return Verdict::GeneralProtection;
+            return Verdict::GeneralProtection(self);
         }
         // LMA is the CPU's own; KVM ignores what is written there (`set_efer`, 6.1).
         Verdict::Fine(self.with(Registers { efer: value & !EFER_LMA | old.efer & EFER_LMA, ..old }))
@@ -122,9 +127,9 @@ impl State {
     pub(crate) fn mov_cr3(self, value: u64, memory: &Memory, cpu: &CpuFeatures) -> Verdict {
         let value = if self.regs.cr4 & CR4_PCIDE != 0 { value & !(1 << 63) } else { value };
         if value & bits(cpu.maxphyaddr, 63) != 0 {
-            return Verdict::GeneralProtection;
+            return Verdict::GeneralProtection(self);
         }
-        self.with(Registers { cr3: value, ..self.regs }).loaded(1, memory, cpu)
+        self.with(Registers { cr3: value, ..self.regs }).loaded(self, 1, memory, cpu)
     }
 
     /// INVPCID with that descriptor: what is wrong with it, if anything.
@@ -141,7 +146,7 @@ impl State {
             || descriptor[0] >> 12 != 0
             || kind < 2 && descriptor[0] & !pcid != 0
             || kind == 0 && !canonical(descriptor[1]);
-        if illegal { Verdict::GeneralProtection } else { Verdict::Fine(self) }
+        if illegal { Verdict::GeneralProtection(self) } else { Verdict::Fine(self) }
     }
 
     /// What user space sets (KVM_SET_SREGS): `None` if no CPU can be in that state. Illegal PDPTEs stay what they were.

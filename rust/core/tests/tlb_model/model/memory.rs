@@ -48,10 +48,13 @@ pub(crate) struct Version {
     pub(crate) to: u64,
 }
 
+static ZEROS: [u64; 512] = [0; 512];
+
 /// The guest's memory as it is, and what was in the words that changed.
 #[derive(Default)]
 pub(crate) struct Memory {
-    frames: Vec<Option<Box<[u64; 512]>>>,
+    /// `Some(None)`: all zeros.
+    frames: Vec<Option<Option<Box<[u64; 512]>>>>,
     past: BTreeMap<(u64, usize), Past>,
     /// Tables from this frame on may be read-only to the guest: nobody can set A and D there, and KVM does without.
     pub(crate) unmarked: u64,
@@ -68,10 +71,11 @@ struct Past {
 
 impl Memory {
     pub(crate) fn frame(&self, gfn: u64) -> Option<&[u64; 512]> {
-        self.frames.get(usize::try_from(gfn).ok()?)?.as_deref()
+        self.frames.get(usize::try_from(gfn).ok()?)?.as_ref().map(|words| words.as_deref().unwrap_or(&ZEROS))
     }
 
-    pub(crate) fn load(&mut self, gfn: u64, words: Box<[u64; 512]>) {
+    /// There is memory, with these words or zeros.
+    pub(crate) fn load(&mut self, gfn: u64, words: Option<Box<[u64; 512]>>) {
         if self.frames.len() <= gfn as usize {
             self.frames.resize(gfn as usize + 1, None);
         }
@@ -91,6 +95,7 @@ impl Memory {
     /// The word changes in operation `now`; both values count for it.
     pub(crate) fn change(&mut self, gfn: u64, index: usize, value: u64, now: u64) {
         let Some(Some(words)) = self.frames.get_mut(gfn as usize) else { return };
+        let words = words.get_or_insert_with(|| Box::new(ZEROS));
         let past = self.past.entry((gfn, index)).or_default();
         past.versions.push(Version { value: words[index], from: past.since, to: now });
         past.since = now;

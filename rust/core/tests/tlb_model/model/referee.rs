@@ -58,11 +58,11 @@ impl Referee {
         memory.gone = vm.read_memory(Gpa(SLOT1.0), 1).is_err();
         let mut hot = BTreeSet::new();
         for gfn in (0..MEMORY >> 12).chain(SLOT1.0 >> 12..(SLOT1.0 + SLOT1.1) >> 12) {
-            let words = read_frame(vm, gfn);
-            if words.iter().any(|word| *word != 0) {
+            let written = machine.writes(gfn);
+            if written {
                 hot.insert(gfn);
             }
-            memory.load(gfn, words);
+            memory.load(gfn, written.then(|| read_frame(vm, gfn)));
         }
         let state = |vcpu: &shadowkvm_core::cpu::Vcpu| {
             let state = State { regs: vcpu.regs, pdptes: [0; 4], pkru: vcpu.pkru };
@@ -186,6 +186,9 @@ impl Referee {
                     Control::Plain => {}
                 }
             }
+            (Some(_), Some(Verdict::GeneralProtection(new))) if self_refused(before, outcome) => {
+                tlb.set_state(new, now);
+            }
             _ if outcome.status == Status::PageFault && outcome.error_code & 9 == 1 => {
                 tlb.page_fault(outcome.address, now);
             }
@@ -214,13 +217,13 @@ impl Referee {
             for first in (0..512).step_by(64) {
                 let new = vm.shadow().memory.host.entries(Gfn(*gfn), first, 8);
                 let Some(words) = self.memory.frame(*gfn) else { continue };
-                let old: [u64; 64] = words[first..first + 64].try_into().expect("64 words");
-                if new == old {
+                if new[..] == words[first..first + 64] {
                     continue;
                 }
-                for i in (0..64).filter(|i| new[*i] != old[*i]) {
-                    self.memory.change(*gfn, first + i, new[i], self.now);
-                    changed.push((*gfn, first + i, old[i]));
+                let differs = |(i, new): (usize, u64)| (words[i] != new).then_some((i, words[i], new));
+                for (i, old, new) in (first..).zip(new).filter_map(differs).collect::<Vec<_>>() {
+                    self.memory.change(*gfn, i, new, self.now);
+                    changed.push((*gfn, i, old));
                 }
             }
         }
@@ -275,4 +278,10 @@ fn read_frame(vm: &Vm, gfn: u64) -> Box<[u64; 512]> {
 
 pub(crate) fn expect(holds: bool, text: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(text()) }
+}
+
+/// #GP by the instruction itself, not by its address.
+fn self_refused(before: &Before, outcome: &Outcome) -> bool {
+    let exists = before.plan.touches.iter().all(|touch| before.mode.takes(touch.access.gva));
+    outcome.status == Status::GeneralProtection && exists
 }

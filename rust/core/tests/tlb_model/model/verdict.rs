@@ -30,7 +30,7 @@ impl Referee {
                 expect(led || plan.implicit_with_ac && before.mode.smap, || format!("an access to the device at {:#x}, where no table led", outcome.address))
             }
             Status::GeneralProtection => {
-                let refused = plan.control.is_some() && matches!(said, None | Some(Verdict::GeneralProtection));
+                let refused = plan.control.is_some() && matches!(said, None | Some(Verdict::GeneralProtection(_)));
                 expect(refused || !all_exist, || format!("#GP for {:?}, which is {said:x?}", plan.control))
             }
             Status::InvalidOpcode if said == Some(Verdict::InvalidOpcode) => Ok(()),
@@ -54,11 +54,15 @@ impl Referee {
     }
 
     /// An instruction that faults for ever: one with a device, one in event delivery, one that a protection key shuts
-    /// out of a page whose shadow has another key, or an access that the CPU makes by itself with EFLAGS.AC set: the
-    /// hardware's error code does not tell KVM that AC does not count (`permission_fault`, 6.1).
+    /// out of a page whose shadow has another key; an access that the CPU makes by itself with EFLAGS.AC set, as the
+    /// hardware's error code does not tell KVM that AC does not count (`permission_fault`, 6.1); with CR0.WP off, a store
+    /// to the read-only large page in which the instruction itself lies: what serves the one takes the direct page of the
+    /// other away (`validate_direct_spte`, 6.1).
     fn check_livelock(&self, vm: &Vm, before: &Before) -> Result<(), String> {
+        let touches = &before.plan.touches;
         let known = before.plan.delivery
             || before.plan.implicit_with_ac && before.mode.smap
+            || !before.mode.wp && touches.iter().any(|touch| touch.access.kind == Kind::Fetch) && touches.len() > 1
             || before.mode.pkru.is_some()
             || vm.vcpu_counters().pf_mmio_spte_created != 0;
         expect(known, || format!("a livelock; the tables give {:x?}", before.faults))
