@@ -276,7 +276,7 @@ impl Vm {
     fn roots(&self) -> Vec<(Vec<i64>, Vec<i64>)> {
         let number = |id: Option<PageId>| id.map_or(-1, |id| i64::from(id.0));
         let current = |root: &Root| match root.top {
-            Top::None => Vec::new(),
+            Top::None | Top::Dummy => Vec::new(),
             Top::Page(id) => vec![i64::from(id.0)],
             Top::Pae(pages) => pages.into_iter().map(number).collect(),
         };

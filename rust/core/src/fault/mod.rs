@@ -7,6 +7,7 @@ pub mod insn;
 pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
+pub mod retry;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
 use crate::cpu::{Requests, Vcpu};
