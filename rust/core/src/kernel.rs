@@ -31,6 +31,11 @@ pub struct Kernel {
     /// A vCPU whose CR3 or PDPTE points outside the slots shuts down. Without it a root is loaded behind which nothing is
     /// present, so that the guest takes faults (`mmu_alloc_shadow_roots`).
     pub lost_root_shuts_down: bool,
+    /// The host tells a second time, by an event of its own, when another page has taken the place of one
+    /// (`kvm_mmu_notifier_change_pte`). Without it the range is only invalidated.
+    pub notifier_changes_pte: bool,
+    /// A MOV to CR0 that changes nothing but WP frees the roots even while paging is off (`kvm_post_set_cr0`).
+    pub unpaged_wp_resets: bool,
 }
 
 /// Linux 6.1, as Debian 12 has it.
@@ -43,6 +48,8 @@ pub const LINUX_6_1: Kernel = Kernel {
     delivery_unprotects_first: true,
     self_mapping_is_small: true,
     lost_root_shuts_down: true,
+    notifier_changes_pte: true,
+    unpaged_wp_resets: true,
 };
 
 /// Linux 6.12, as Debian 12's backports and Debian 13 have it.
@@ -55,6 +62,8 @@ pub const LINUX_6_12: Kernel = Kernel {
     delivery_unprotects_first: false,
     self_mapping_is_small: false,
     lost_root_shuts_down: false,
+    notifier_changes_pte: false,
+    unpaged_wp_resets: false,
 };
 
 /// Every kernel, oldest first.
