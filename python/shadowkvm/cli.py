@@ -21,7 +21,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import report
+from shadowkvm import compare, report, verify
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
@@ -39,7 +39,6 @@ from shadowkvm.terminal import (
     show_list,
 )
 from shadowkvm.trace import Recording, import_raw
-from shadowkvm.verify import add_verbs
 
 __all__ = ["main"]
 
@@ -62,6 +61,7 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm run examples/recordings/fork20-demote64.npz
     shadowkvm run guest.npz --policy no_unsync --format json -o no_unsync.json
     shadowkvm run guest.npz --events events.parquet
+    shadowkvm compare guest.npz --policy kvm,no_unsync
     shadowkvm counters
     shadowkvm policy list
 
@@ -76,7 +76,8 @@ trace_app = App(name="trace", help="Recordings: look into them, import raw ones.
 policy_app = App(name="policy", help="Policies: what replaces decisions of KVM.")
 app.command(trace_app)
 app.command(policy_app)
-add_verbs(app)
+verify.add_verbs(app)
+compare.add_verbs(app)
 
 FormatOption = Annotated[
     Format | None,

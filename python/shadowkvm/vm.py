@@ -41,8 +41,8 @@ class Vm(_Vm):
         vcpus: number of virtual CPUs, 1 to 255.
         policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of the kernel.
         profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
-        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel": whose
-            reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
+        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel":
+            whose reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
             "decode_assists", "rsvd_sets_p", "rmw_reads_first".
         nx_huge_pages: huge pages are split where the guest executes from them.
         events: what `events` records: True (everything), False, or names of tracepoints.
@@ -196,7 +196,7 @@ class Vm(_Vm):
         """
         super().notifier_change(integer("gpa", gpa), integer("size", size))
 
-    def notifier_age(self, gpa: int, size: int, *, flush: bool = True) -> bool:
+    def notifier_age(self, gpa: int, size: int, flush: bool = True) -> bool:
         """Was any page of the range used since it was last asked? A is cleared in the entries that map it.
 
         ``flush``: with a remote flush if any was (``clear_flush_young``), or without (``clear_young``).

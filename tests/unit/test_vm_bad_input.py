@@ -150,7 +150,14 @@ def test_a_setting_that_cannot_be(vm: sk.Vm, name: str) -> None:
 def state(vm: sk.Vm) -> tuple[object, ...]:
     """All that a refused request could have changed."""
     cpu = vm.vcpus[0]
-    return vm.counter_values(), cpu.sregs, vm.shadow_pages(), vm.roots(), vm.read_memory(0, 4 << 20), len(vm.event_text())
+    return (
+        vm.counter_values(),
+        cpu.sregs,
+        vm.shadow_pages(),
+        vm.roots(),
+        vm.read_memory(0, 4 << 20),
+        len(vm.event_text()),
+    )
 
 
 @pytest.mark.parametrize(
