@@ -48,6 +48,7 @@ const MAX_READ: usize = 1 << 32;
 #[pymethods]
 impl Vm {
     #[new]
+    #[allow(clippy::too_many_arguments, reason = "they are keywords in Python")]
     #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![],
                         model_version="linux-6.1"))]
     fn new(
