@@ -144,7 +144,9 @@ class Driver:
             if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
                 return lost
         else:
-            cpu.hlt(rip=end)
+            left = cpu.hlt(rip=end)
+            if left.status in FAULTS:  # CR3 leads nowhere
+                return self._fault(guest, op, end, left)
         value = out.value if op.op == "read" else 0
         return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 

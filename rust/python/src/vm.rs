@@ -48,6 +48,7 @@ const MAX_READ: usize = 1 << 32;
 #[pymethods]
 impl Vm {
     #[new]
+    #[allow(clippy::too_many_arguments, reason = "they are keywords in Python")]
     #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![],
                         model_version="linux-6.1"))]
     fn new(
@@ -276,7 +277,7 @@ impl Vm {
     fn roots(&self) -> Vec<(Vec<i64>, Vec<i64>)> {
         let number = |id: Option<PageId>| id.map_or(-1, |id| i64::from(id.0));
         let current = |root: &Root| match root.top {
-            Top::None => Vec::new(),
+            Top::None | Top::Dummy => Vec::new(),
             Top::Page(id) => vec![i64::from(id.0)],
             Top::Pae(pages) => pages.into_iter().map(number).collect(),
         };
