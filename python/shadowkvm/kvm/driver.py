@@ -28,6 +28,8 @@ ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
 RMW: Final = {
     **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
+    "cmpxchg8b": "cmpxchg",
+    "cmpxchg16b": "cmpxchg",
     "inc": "add",
     "xadd": "add",
     "bts": "or",
@@ -203,7 +205,7 @@ class Driver:
             return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip, ac=ac)
         if op.op in RMW:
             operand = {"inc": 1, "bts": 1 << op.value % (8 * op.size)}.get(op.op, op.value)
-            expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
+            expected = {"expected": op.expected} if RMW[op.op] == "cmpxchg" else {}
             locked = not op.flags & UNLOCKED
             return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
         if op.op in ("rep", "movs"):

@@ -10,7 +10,7 @@ from shadowkvm.kvm.generate.entries import MMIO_GFNS, Entries
 from shadowkvm.kvm.generate.formats import CR4_SMAP, LONG, PAE
 from shadowkvm.kvm.generate.image import EXTRA, Space
 
-RMW = ["or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts", "inc"]
+RMW = ["cmpxchg8b", "or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts", "inc"]
 STRINGS = ["stos", "movnti", "movups"]
 
 
@@ -161,9 +161,9 @@ class World(Entries):
     def locked(self, va: int, gpa: int, new: int, cpl: int, size: int) -> None:
         """Brings the word of that size at gpa to `new`, as far as the instruction can."""
         r = self.r
-        kind = r.choice(RMW) if self.kinds else "or"
+        kind = r.choice(RMW[size != 8 :]) if self.kinds else "or"
         if size > self.word:
-            kind = "cmpxchg"  # CMPXCHG8B
+            kind = "cmpxchg8b"
         old, mask = int.from_bytes(self.mem.load(gpa, size), "little"), (1 << 8 * size) - 1
         bit = r.choice([i for i in range(8 * size) if (old ^ new) >> i & 1] or [0])
         operand, result = {
@@ -174,13 +174,14 @@ class World(Entries):
             "xadd": (new - old & mask, new),
             "xchg": (new, new),
             "cmpxchg": (new, new),
+            "cmpxchg8b": (new, new),
             "bts": (bit, old | 1 << bit),
             "inc": (0, old + 1 & mask),
         }[kind]
         if not self.mem.safe(gpa, result.to_bytes(size, "little")):
             return
         expected = 0
-        if kind == "cmpxchg":
+        if kind in ("cmpxchg", "cmpxchg8b"):
             expected = old ^ 2 * (r.random() < 0.1)
             result = new if expected == old else old
         if self.cpu.access(self.mem, va, write=True, user=cpl == 3) is not None and self.mem.writable(gpa >> 12):
@@ -228,9 +229,11 @@ class World(Entries):
         """By an instruction that KVM does not take for a writer of page tables; REP and SSE write more."""
         r, n = self.r, len(image)
         # A #PF at CPL 0 would go to the stack of the PUSH itself.
-        kind = r.choice([*STRINGS, "rep", "movs", *(["push"] if cpl else []), *(["cmpxchg"] if n == 8 else [])])
+        kind = r.choice(
+            [*STRINGS, "rep", "movs", *(["push"] if cpl else []), *(["cmpxchg16b"] if self.word == 8 else [])]
+        )
         near = at & 0xFFF
-        if kind == "cmpxchg" and self.word == 8:
+        if kind == "cmpxchg16b":
             self.exchange16(va & ~15, at & ~15, image, cpl)
             return
         if kind == "movups" and near < 0xFF0:
@@ -254,7 +257,7 @@ class World(Entries):
 
     def exchange16(self, va: int, at: int, image: bytes, cpl: int) -> None:
         """CMPXCHG16B; what it compares with and stores is 64 bits wide, with zeros above."""
-        old = self.mem.load(at, 16)
+        old, image = self.mem.load(at, 16), image.ljust(8, b"\0")
         hit = self.cpu.access(self.mem, va, write=True, user=cpl == 3)
         found = self.where_is(at >> 12)
         tracked = found is not None and found[1] > 1
@@ -266,7 +269,7 @@ class World(Entries):
             self.mem.put(at, image + bytes(8))
         flags = UNLOCKED if self.r.random() < 0.3 else 0
         low, new = int.from_bytes(old[:8], "little"), int.from_bytes(image, "little")
-        self.emit("cmpxchg", addr=va, value=new, size=16, expected=low, cpl=cpl, flags=flags)
+        self.emit("cmpxchg16b", addr=va, value=new, size=16, expected=low, cpl=cpl, flags=flags)
 
     def set_cr3(self, value: int) -> None:
         """MOV to CR3; with PAE the four PDPTEs may be refused."""

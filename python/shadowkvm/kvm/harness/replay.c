@@ -31,7 +31,7 @@ struct head {
 };
 struct slot { uint64_t id, gpa, size, flags; };
 struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end, flags, length; uint64_t addr, value, expected; };
-enum { GUEST, FETCH, READ, WRMSR, WIDE, RUN, INT3, LIDT, SSE, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
+enum { GUEST, FETCH, READ, WRMSR, CMPXCHG8B, RUN, INT3, LIDT, SSE, CMPXCHG16B, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
 enum { DONE, PAGE_FAULT, MMIO, GP, STOPPED, DOUBLE_FAULT, SHUTDOWN };
 #define AC 2 // op.flags
 
@@ -204,11 +204,8 @@ static struct kvm_regs prepare(const struct op *o, const struct mode *m)
 	uint64_t rip = o->rip - o->arg, rsp0 = stack[o->vcpu] + 0x10; // a stub may have instructions before the one under test
 	struct kvm_regs g = { .rflags = 2 | (o->flags & AC ? 1 << 18 : 0), .rsp = stack[o->vcpu], .rbx = o->addr, .rdi = o->addr, .rsi = o->expected, .rdx = o->value, .rax = o->expected, .rip = rip };
 	if (o->op == WRMSR) { g.rcx = 0xc0000080; g.rax = (uint32_t)o->value; g.rdx = o->value >> 32; }
-	if (o->op == WIDE) { // CMPXCHG8B, CMPXCHG16B
-		int half = wide ? 0 : 32;
-		g.rbx = half ? (uint32_t)o->value : o->value; g.rcx = half ? o->value >> half : 0;
-		g.rax = half ? (uint32_t)o->expected : o->expected; g.rdx = half ? o->expected >> half : 0;
-	}
+	if (o->op == CMPXCHG8B) { g.rbx = (uint32_t)o->value; g.rsi = o->value >> 32; g.rax = (uint32_t)o->expected; g.rdx = o->expected >> 32; }
+	if (o->op == CMPXCHG16B) { g.rbx = o->value; g.rsi = g.rdx = 0; g.rax = o->expected; } // the high halves are zero
 	if (o->op == RUN) g.rbx = o->expected;
 	if (o->op == LIDT) { memcpy(ram + m->idtr, &(uint16_t){ m->idt_limit }, 2); memcpy(ram + m->idtr + 2, &o->addr, wide ? 8 : 4); }
 	if (o->op == SSE) memcpy(ram + RT + 0xd00 + 4096 * !!o->cpl, (uint64_t[]){ o->value, o->expected }, 16);
