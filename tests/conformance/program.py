@@ -18,11 +18,33 @@ from tests.conformance.corpus import OPS_AT, Insn
 
 # Op letter -> blocks of the guest program. HOST is "outp"; the op that ends every run is HLT.
 BLOCKS = {
-    "HLT": ["done"], "R": ["rd"], "W": ["wr"], "INV": ["inv"], "CR3": ["cr3"], "CALL": ["exec"], "CR0": ["cr0"],
-    "CR4": ["cr4"], "HOST": ["outp"], "W32": ["wr32"], "UR": ["ur", "toring3"], "UW": ["uw", "toring3"],
-    "W8": ["wr8"], "W16": ["wr16"], "XCHG": ["xch"], "LCMPXCHG": ["cmpx"], "LOR": ["orl"], "REPSTOS": ["stos"],
-    "PUSH": ["push"], "ADDM": ["addm"], "MOVAPS": ["movaps"], "UEXEC": ["ux", "toring3"], "EFER": ["efer"],
-    "LCMPXCHG8B": ["cmpx8"], "RAC": ["rdac"], "INT3": ["ud"], "W64": ["wr64"],
+    "HLT": ["done"],
+    "R": ["rd"],
+    "W": ["wr"],
+    "INV": ["inv"],
+    "CR3": ["cr3"],
+    "CALL": ["exec"],
+    "CR0": ["cr0"],
+    "CR4": ["cr4"],
+    "HOST": ["outp"],
+    "W32": ["wr32"],
+    "UR": ["ur", "toring3"],
+    "UW": ["uw", "toring3"],
+    "W8": ["wr8"],
+    "W16": ["wr16"],
+    "XCHG": ["xch"],
+    "LCMPXCHG": ["cmpx"],
+    "LOR": ["orl"],
+    "REPSTOS": ["stos"],
+    "PUSH": ["push"],
+    "ADDM": ["addm"],
+    "MOVAPS": ["movaps"],
+    "UEXEC": ["ux", "toring3"],
+    "EFER": ["efer"],
+    "LCMPXCHG8B": ["cmpx8"],
+    "RAC": ["rdac"],
+    "INT3": ["ud"],
+    "W64": ["wr64"],
 }
 # The 32-bit program stores 32 bits under its plain label.
 BLOCKS32 = {"W32": ["wr"]}  # fmt: skip

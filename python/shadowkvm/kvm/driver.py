@@ -35,6 +35,7 @@ RMW: Final = {
     "bts": "or",
 }
 """What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+ALIGNED: Final = frozenset({"movaps", "cmpxchg16b"})
 JUMPS: Final = frozenset({"fetch", "run", "int3"})
 BP, DF, GP, PF, SYS = 3, 8, 13, 14, 0x80
 FAULTS: Final = {"page_fault": PF, "general_protection": GP}
@@ -143,8 +144,8 @@ class Driver:
         if user or jump:
             if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
                 return lost
-        else:
-            cpu.hlt(rip=end)
+        elif (lost := cpu.hlt(rip=end)).status == "page_fault":  # no stubs in the new address space
+            return self._fault(guest, op, end, lost)
         value = out.value if op.op == "read" else 0
         return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
@@ -196,6 +197,9 @@ class Driver:
 
     def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
         cpu, ac = guest.cpu, bool(op.flags & AC)
+        if op.op in ALIGNED and op.addr % 16:
+            out = cpu.fetch(rip, user)
+            return Answer("general_protection") if out.status == "done" else out
         if op.op == "read":
             return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
         if op.op in STORES:

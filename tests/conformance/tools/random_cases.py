@@ -3,8 +3,8 @@
     python -m tests.conformance.tools.random_cases            # all groups; about 40 minutes
     python -m tests.conformance.tools.random_cases PAE host   # these
 
-Needs what `shadowkvm doctor` names. Do this after every change of the guest's code (harness/*.S): a guest that reads its
-own code sees other bytes.
+Needs what `shadowkvm doctor` names. Do this after every change of the guest's code (harness/*.S): a guest that reads
+its own code sees other bytes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@
 #define MAX_MMIO 24 // more MMIO exits than this in one op: a guest that repeats for ever
 #define MAX_STATS 128
 #define HUGE (2ull << 20)
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 // The reader of this program's output looks for "ERROR " and for "DONE".
 static void fail(const char *what) { printf("ERROR %s%s%s\n", what, errno ? ": " : "", errno ? strerror(errno) : ""); exit(1); }
@@ -143,7 +146,8 @@ static void load_memory(FILE *f)
 		read_exact(&gpa, 8, f);
 		read_exact(ram + gpa, 4096, f);
 	}
-	for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
+	if (madvise(ram, head.memory, MADV_POPULATE_WRITE)) // a kernel before 5.14
+		for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
 }
 
 static const struct mode *mode_of(uint64_t efer) { return &head.mode[!(efer & 1 << 10)]; }
@@ -192,8 +196,8 @@ static int tame(const struct op *o, const struct mode *m, const struct kvm_regs 
 	uint64_t hlt = g->rip - 1, end = o->op == FETCH ? o->addr : o->op == RUN ? o->addr + o->length : o->end;
 	if (hlt == m->df) return 1;
 	if (hlt == m->bp) return o->op == INT3 && g->rcx == o->rip + 1;
-	if ((hlt == m->pf || hlt == m->gp) && jump) return g->rcx == o->rip || (g->rcx >= o->addr && g->rcx <= end) || (o->op == FETCH && cr2 == o->addr);
-	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip;
+	if (hlt == m->pf && o->op == FETCH) return g->rcx == o->rip || cr2 == o->addr;
+	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip || (o->op == RUN && g->rcx >= o->addr && g->rcx <= end);
 	return jump || o->cpl ? hlt == m->back && g->rcx == end + 2 : hlt == o->end;
 }
 
