@@ -28,7 +28,7 @@ pub fn build(kind: u8, host: u8) -> Vm {
     let cpu = if kind & 1 == 0 { ZEN } else { QEMU_TCG };
     let vcpus = 1 + usize::from(kind >> 1 & 3) % 3;
     let policy = builtin(POLICIES[usize::from(kind >> 3 & 7)]).expect("a policy that exists");
-    let config = Config { cpu, nx_huge_pages: kind & 0x40 != 0 };
+    let config = Config { cpu, nx_huge_pages: kind & 0x40 != 0, ..Config::default() };
     let mut vm = Vm::new(MEMORY, vcpus, config, policy, 0).expect("a good configuration");
     let states = [HostState::Writable, HostState::Huge2m, HostState::Absent, HostState::Zero];
     vm.set_host_pages(Gpa(0), MEMORY / 2, states[usize::from(host & 3)]).expect("slot 0");

@@ -52,6 +52,9 @@ def test_memory_is_a_whole_number(memory: Any) -> None:
         ({"policy": 7}, "a name is expected"),
         ({"profile": "intel"}, "there are: zen, qemu-tcg"),
         ({"profile": None}, "a name is expected"),
+        ({"model_version": "linux-6.2"}, "did you mean 'linux-6.12' or 'linux-6.1'\\? There are: linux-6.1"),
+        ({"model_version": "6"}, "model_version '6' is not known; there are: linux-6.1, linux-6.12"),
+        ({"model_version": 612}, "model_version 612: a name is expected"),
         ({"features": {"maxphyaddr": 35}}, '"35" must be 36 to 52 bits'),
         ({"features": {"maxphyaddr": "many"}}, '"many" must be 36 to 52 bits'),
         ({"features": {"vendor": "via"}}, "must be amd or intel"),
@@ -147,7 +150,14 @@ def test_a_setting_that_cannot_be(vm: sk.Vm, name: str) -> None:
 def state(vm: sk.Vm) -> tuple[object, ...]:
     """All that a refused request could have changed."""
     cpu = vm.vcpus[0]
-    return vm.counter_values(), cpu.sregs, vm.shadow_pages(), vm.roots(), vm.read_memory(0, 4 << 20), len(vm.event_text())
+    return (
+        vm.counter_values(),
+        cpu.sregs,
+        vm.shadow_pages(),
+        vm.roots(),
+        vm.read_memory(0, 4 << 20),
+        len(vm.event_text()),
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from shadowkvm._core import COUNTERS, EVENTS, Vm
 from shadowkvm.kvm.case import AC, HOST_OPS, UNLOCKED, Answer, Case, Op, bits_of
 from shadowkvm.kvm.hostops import HostOps
 from shadowkvm.kvm.layout import IMAGE, LABELS, RT, STACK, stub_of
+from shadowkvm.kvm.model import model_of
 
 __all__ = ["COMPARED", "Driver"]
 
@@ -69,12 +70,13 @@ class Driver:
     Args:
         case: its start state is set up; its operations are given to `step` one by one.
         events: record events, for `events_of_step`.
-        profile: CPU profile; default: that of the recording.
+        model: the kernel whose rules hold; default: that of the kernel which answered.
     """
 
-    def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
-        mask = ALL_EVENTS if events else 0
-        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+    def __init__(self, case: Case, *, events: bool = False, model: str | None = None) -> None:
+        mask, model = ALL_EVENTS if events else 0, model or model_of(case.kernel)
+        settings = (case.memory, case.vcpus, "kvm", case.profile, mask, case.nx_huge_pages)
+        self.vm: Any = Vm(*settings, model_version=model)
         if case.manual_dirty:
             self.vm.set_manual_dirty_log(enabled=True, initially_set=bool(case.manual_dirty & 2))
         self.guests = [Guest(cpu, bits_of(case.efer), LABELS[bits_of(case.efer)]["idt"]) for cpu in self.vm.vcpus]

@@ -96,7 +96,8 @@ impl Ctx<'_> {
             n => self.delivery_load(event, event.tss.wrapping_add(0x24 + 8 * (n - 1)), 8)?,
         } & !0xf;
         let (ss, cs) = if event.user { (0x1b, 0x23) } else { (0x10, selector) };
-        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.back()), event.error_code.map(u64::from)] {
+        for word in [Some(ss), Some(event.rsp), Some(2), Some(cs), Some(event.back()), event.error_code.map(u64::from)]
+        {
             let Some(word) = word else { continue };
             rsp = rsp.wrapping_sub(8);
             self.delivery_push(event, rsp, word, 8)?;

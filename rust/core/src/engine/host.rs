@@ -208,3 +208,50 @@ impl Vm {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ADDRESS_SPACES, Config, MMIO_GEN_BITS};
+    use crate::cpu::Registers;
+    use crate::events::EventLog;
+    use crate::fault::insn::{Action, Insn};
+    use crate::outcome::Status;
+    use crate::policy::Kvm;
+
+    #[test]
+    fn when_the_generation_of_mmio_entries_wraps_all_pages_go() {
+        let mut vm = Vm::new(1 << 20, 1, Config::default(), Box::new(Kvm), EventLog::EVERYTHING).expect("a good size");
+        let flat = Registers { cr0: 0x33, cr3: 0, cr4: 0, efer: 0, cs_l: false };
+        vm.set_sregs(0, flat).expect("paging off");
+        let device = Insn::new(Action::Load, 8 << 20, 8);
+        assert_eq!(vm.execute(0, &device).status, Status::Mmio);
+        vm.shadow.memory.generation = (1 << MMIO_GEN_BITS) - ADDRESS_SPACES;
+        let pages = vm.shadow.used_pages();
+        vm.add_slot(1, Gpa(2 << 20), 4096, false, false).expect("room there");
+        assert_eq!(vm.shadow.counters.mmu_shadow_zapped, pages, "an entry of the last round must not look valid now");
+        assert_eq!(vm.execute(0, &device).status, Status::Mmio);
+        vm.audit().expect("the state is whole");
+        vm.add_slot(2, Gpa(3 << 20), 4096, false, false).expect("room there");
+        assert_eq!(vm.shadow.counters.mmu_shadow_zapped, pages + 4, "once a round; the obsolete roots went for good");
+    }
+
+    #[test]
+    fn a_guest_page_of_1_gib_on_a_host_page_of_1_gib_is_one_leaf() {
+        let config = Config { cpu: crate::config::QEMU_TCG, ..Config::default() };
+        let mut vm = Vm::new(3 << 30, 1, config, Box::new(Kvm), 0).expect("a good size");
+        vm.set_host_pages(Gpa(1 << 30), 2 << 30, HostState::Huge1g).expect("aligned");
+        for (gpa, entry) in [(0x1000, 0x2067u64), (0x2008, 1 << 30 | 0xe7), (0x2010, 2 << 30 | 0xe7)] {
+            vm.write_memory(Gpa(gpa), &entry.to_le_bytes()).expect("inside");
+        }
+        vm.set_sregs(0, Registers { cr3: 0x1000, ..Registers::default() }).expect("long mode");
+        for gva in [1 << 30, (1 << 30) + (512 << 20), 2 << 30] {
+            assert_eq!(vm.execute(0, &Insn::new(Action::Load, gva, 8)).status, Status::Done);
+        }
+        assert_eq!((vm.counters().pages_1g, vm.vcpu_counters().pf_fixed), (2, 2));
+        vm.notifier_unmap(Gpa((1 << 30) + 0x5000), 0x1000).expect("memory");
+        assert_eq!(vm.execute(0, &Insn::new(Action::Load, 1 << 30, 8)).status, Status::Done);
+        assert_eq!((vm.counters().pages_1g, vm.counters().pages_2m), (1, 0), "the host's page was split to small ones");
+        vm.audit().expect("the state is whole");
+    }
+}

@@ -184,6 +184,9 @@ impl Ctx<'_> {
         }
         if !same || regs.pae_paging() {
             self.reset_context();
+            if self.shadow.config.kernel.sregs_flush {
+                self.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST);
+            }
         }
     }
 }

@@ -144,12 +144,16 @@ impl Ctx<'_> {
             Action::Fetch => {}
             Action::Load => self.emulated_read(insn, &mut effect)?,
             Action::Copy => {
-                while effect.elements < insn.repeat && effect.mmio.is_none() {
+                // A load from a device is completed by going on where the emulator was (complete_emulated_mmio, 6.1): only
+                // a store to one ends the exit.
+                let mut stored = Effect::default();
+                while effect.elements < insn.repeat && stored.mmio.is_none() {
                     let element = insn.element(effect.elements);
                     let mut load = Effect::default();
                     self.emulated_read(&element.loading(), &mut load)?;
-                    effect.mmio = load.mmio;
-                    self.emulated_write(&element, load.value, &mut effect)?;
+                    self.emulated_write(&element, load.value, &mut stored)?;
+                    self.vcpu.counters.mmio_exits += u64::from(load.mmio.is_some() && effect.mmio.is_some());
+                    effect.mmio = effect.mmio.or(load.mmio).or(stored.mmio);
                     effect.elements += 1;
                 }
             }

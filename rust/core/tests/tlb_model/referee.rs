@@ -145,7 +145,7 @@ impl Referee {
     fn check_outcome(&self, vm: &Vm, before: &Before, outcome: &Outcome) -> Result<(), String> {
         match outcome.status {
             Status::Done => self.check_done(vm, before, outcome),
-            Status::PageFault => self.check_fault(before, outcome),
+            Status::PageFault | Status::DoubleFault => self.check_fault(before, outcome),
             Status::Mmio => {
                 let gfn = outcome.address >> 12;
                 let allowed = before.targets.iter().flatten().any(|target| *target == gfn);
