@@ -1,7 +1,7 @@
 """Directed cases that were written for this suite: instructions, event delivery, modes, the host's actions.
 
-Their guests map 0 to 16 MiB one to one for the supervisor, and the first 4 MiB again from 16 MiB on for both. Tables, by
-the way to the first 2 or 4 MiB: 64-bit 1000, 2000, 3000, 4000; PAE 1000, 3000, 4000; two-level 1000, 4000.
+Their guests map 0 to 16 MiB one to one for the supervisor, and the first 4 MiB again from 16 MiB on for both CPLs. The
+tables on the way to the first 2 or 4 MiB: 64-bit 1000, 2000, 3000, 4000; PAE 1000, 3000, 4000; two-level 1000, 4000.
 """
 
 from __future__ import annotations
