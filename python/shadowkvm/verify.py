@@ -51,7 +51,7 @@ QuietOption = Annotated[
 def add_verbs(app: App) -> None:
     """Hang the verbs of this module into the command line."""
     examples = (
-        "shadowkvm verify tests/conformance/data/random-1.json.xz",
+        "shadowkvm verify tests/conformance/data/random-pae.json.xz",
         "shadowkvm verify --random 20 --seed 1",
         "shadowkvm verify --random 20 --group PAE",
         "shadowkvm verify --backend qemu --events case.json",

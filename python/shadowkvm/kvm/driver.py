@@ -29,11 +29,14 @@ ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
 RMW: Final = {
     **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
+    "cmpxchg8b": "cmpxchg",
+    "cmpxchg16b": "cmpxchg",
     "inc": "add",
     "xadd": "add",
     "bts": "or",
 }
 """What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+ALIGNED: Final = frozenset({"movaps", "cmpxchg16b"})
 JUMPS: Final = frozenset({"fetch", "run", "int3"})
 BP, DF, GP, PF, SYS = 3, 8, 13, 14, 0x80
 FAULTS: Final = {"page_fault": PF, "general_protection": GP}
@@ -143,10 +146,8 @@ class Driver:
         if user or jump:
             if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
                 return lost
-        else:
-            left = cpu.hlt(rip=end)
-            if left.status in FAULTS:  # CR3 leads nowhere
-                return self._fault(guest, op, end, left)
+        elif (lost := cpu.hlt(rip=end)).status == "page_fault":  # no stubs in the new address space
+            return self._fault(guest, op, end, lost)
         value = out.value if op.op == "read" else 0
         return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
@@ -198,6 +199,9 @@ class Driver:
 
     def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
         cpu, ac = guest.cpu, bool(op.flags & AC)
+        if op.op in ALIGNED and op.addr % 16:
+            out = cpu.fetch(rip, user)
+            return Answer("general_protection") if out.status == "done" else out
         if op.op == "read":
             return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
         if op.op in STORES:
@@ -207,7 +211,7 @@ class Driver:
             return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip, ac=ac)
         if op.op in RMW:
             operand = {"inc": 1, "bts": 1 << op.value % (8 * op.size)}.get(op.op, op.value)
-            expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
+            expected = {"expected": op.expected} if RMW[op.op] == "cmpxchg" else {}
             locked = not op.flags & UNLOCKED
             return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
         if op.op in ("rep", "movs"):
