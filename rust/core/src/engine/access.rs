@@ -110,6 +110,12 @@ impl Ctx<'_> {
                 Err(Trap::Fault { gva, code, operand }) => {
                     let who = if operand { *at } else { fetch_of(at) };
                     match self.handle_page_fault(&who, gva, code) {
+                        // After KVM's decoding the CPU comes to the INT itself again (a run shows the fetch).
+                        After::Resume if at.soft && !self.shadow.config.cpu.nrips => {
+                            if let Err(outcome) = self.fetch_insn(at.rip_or_zero(), at.user) {
+                                return outcome;
+                            }
+                        }
                         After::Resume => {}
                         // The emulator leaves RIP at a REP, even at one that it carried out to the end.
                         After::Stored(elements, gpa) => {
