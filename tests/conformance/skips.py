@@ -10,6 +10,7 @@ NOT_RECORDED = {
 }
 # Parts of one scenario: id -> {check: reason}. Checks: "run" (everything), "counters", "events", "tables".
 SKIPPED: dict[str, dict[str, str]] = {
-    # The driver stands HLT exits in for the decodes that re-inject INT3 (13.4): same walks, another exit reason.
-    "O2-12": {"events": "INT3 is no operation of the API"},
+    # One of its decodes came twice because the host was interrupted meanwhile, so the replay cannot know when; the case
+    # of the same name in directed.json.xz was recorded without that and agrees.
+    "O2-12": {"events": "a host interrupt repeated a decode of INT3"},
 }
