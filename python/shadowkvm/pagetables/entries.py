@@ -13,7 +13,22 @@ from numpy.typing import NDArray
 
 from shadowkvm.pagetables.modes import Level, PagingMode
 
-__all__ = ["NX", "PS", "A", "D", "G", "P", "Rights", "U", "W", "frames", "is_leaf", "leaf_entries", "table_entry"]
+__all__ = [
+    "NX",
+    "PROTNONE",
+    "PS",
+    "A",
+    "D",
+    "G",
+    "P",
+    "Rights",
+    "U",
+    "W",
+    "frames",
+    "is_leaf",
+    "leaf_entries",
+    "table_entry",
+]
 
 P: Final = 1 << 0
 W: Final = 1 << 1
@@ -23,6 +38,8 @@ D: Final = 1 << 6
 PS: Final = 1 << 7
 G: Final = 1 << 8
 NX: Final = 1 << 63
+PROTNONE: Final = G
+"""In an entry that is not present: Linux's own note that a page is there, but nothing is allowed."""
 
 _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 # 32-bit paging: bits 13 to 16 of a 4 MiB entry are address bits 32 to 35 (PSE-36).

@@ -90,9 +90,12 @@ class AddressSpace(Tables):
         found = self.walk(gvas)
         return np.where(found.present, found.gpa, np.uint64(END - 1))
 
-    def leaves(self, gva: int = 0, end: int | None = None) -> NDArray[np.void]:
-        """Every leaf entry of the user half (or of what reaches into [gva, end)): LEAF_DTYPE, by address."""
-        return leaves(self.memory, self.root, gva, self.mode.user_half if end is None else end)
+    def leaves(self, gva: int = 0, end: int | None = None, *, hidden: bool = False) -> NDArray[np.void]:
+        """Every leaf entry of the user half (or of what reaches into [gva, end)): LEAF_DTYPE, by address.
+
+        ``hidden``: also those that Linux keeps, but not present, while a mapping allows nothing (``PROT_NONE``).
+        """
+        return leaves(self.memory, self.root, gva, self.mode.user_half if end is None else end, hidden=hidden)
 
     def mappings(self, *, kernel: bool = False) -> list[Mapping]:
         """What is mapped in the user half (or the kernel half), as few runs as can be."""
@@ -165,7 +168,7 @@ class AddressSpace(Tables):
         self.memory.write(slots, 0, Op.WRITE if final else Op.XCHG)
         self.follow(slots)
         if tables:
-            self.free_tables(start, end)
+            self.memory.frames.give(self.free_tables(start, end))
 
     def protect(
         self, gva: int, size: int, *, write: bool | None = None, user: bool | None = None, nx: bool | None = None
@@ -223,7 +226,7 @@ class AddressSpace(Tables):
 
         Entry by entry the parent's is write-protected (a locked AND of one byte), then the child's is stored.
         """
-        found = self.leaves(start, end)
+        found = self.leaves(start, end, hidden=True)
         protect = np.full(len(found), cow)
         for first, last in shared:
             protect &= (found["gva"] < np.uint64(first)) | (found["gva"] >= np.uint64(last))

@@ -127,16 +127,24 @@ class Tables:
 
     # -- freeing --------------------------------------------------------------------------------------------------
 
-    def free_tables(self, start: int, end: int, *, floor: int = 0, ceiling: int | None = None) -> None:
-        """Unlink and give back the tables under [start, end) that are empty and lie within [floor, ceiling).
+    def free_tables(
+        self, start: int, end: int, *, floor: int = 0, ceiling: int | None = None, highest: int | None = None
+    ) -> NDArray[np.uint64]:
+        """Unlink the tables under [start, end) that are empty and lie within [floor, ceiling), from the bottom up.
 
-        From the bottom up (``free_pgtables``): the entry above is cleared, then `release` has the frame. Linux goes by
-        the neighbouring mappings, floor and ceiling, and so keeps an empty table that a neighbour shares.
+        Linux goes by the neighbouring mappings, floor and ceiling, and so keeps an empty table that a neighbour shares
+        (``free_pgtables``). Tables above level ``highest`` stay.
+
+        Returns:
+            Their frames (gfn), which are nobody's now: uint64. Give them back once the guest has flushed.
         """
         mode, last = self.mode, (self.limit if ceiling is None else ceiling) - 1
+        freed = [np.zeros(0, np.uint64)]
         if start >= end:
-            return
+            return freed[0]
         for below, here in zip(mode.levels[:0:-1], mode.levels[-2::-1], strict=True):
+            if below.number > (highest or below.number):
+                break
             for tables in list(table_pages(self.memory, self.root, start, end)):
                 if tables.level is not here:
                     continue
@@ -149,20 +157,21 @@ class Tables:
                 empty = np.array([not self.memory.table(gpa)[: below.entries].any() for gpa in children.tolist()], bool)
                 if empty.any():
                     self.store(here, slots[at][empty], 0, int(gvas[at[0]]))
-                    self.release(children[empty] >> np.uint64(12))
+                    freed.append(children[empty] >> np.uint64(12))
+        return np.concatenate(freed)
 
-    def release(self, gfns: NDArray[np.uint64]) -> None:
-        """Give frames of tables back to the memory at once. A kernel that waits for a flush replaces this method."""
-        self.memory.frames.give(gfns)
-
-    def destroy(self) -> None:
-        """Give every table of the user half back, the top one last; no store is made. The space is gone then."""
+    def detach(self) -> NDArray[np.uint64]:
+        """The frames (gfn) of every table of the user half, the top one last: nobody's now. No store is made."""
         tables = self.tables()
         for owner, root in self._owners():
             owner.unshare(root)
         roots = [self.root, self.user_root] if self.kpti else [self.root]
         rest = [gpa for gpa in tables if gpa not in roots]
-        self.release(np.array(rest + roots, np.uint64) >> np.uint64(12))
+        return np.array(rest + roots, np.uint64) >> np.uint64(12)
+
+    def destroy(self) -> None:
+        """Give every table of the user half back to the memory. The space is gone then."""
+        self.memory.frames.give(self.detach())
 
     # -- stores ---------------------------------------------------------------------------------------------------
 

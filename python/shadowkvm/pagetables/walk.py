@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shadowkvm.pagetables.entries import NX, PS, A, D, P, U, W, frames, is_leaf
+from shadowkvm.pagetables.entries import NX, PROTNONE, PS, A, D, P, U, W, frames, is_leaf
 from shadowkvm.pagetables.memory import GuestMemory
 from shadowkvm.pagetables.modes import Level, PagingMode
 
@@ -149,14 +149,19 @@ def entry_slots(
     return slots[wanted], gvas[wanted]
 
 
-def leaves(memory: GuestMemory, root: int, start: int, end: int) -> NDArray[np.void]:
-    """Every leaf entry that maps some of [start, end): LEAF_DTYPE, in the order of addresses."""
+def leaves(memory: GuestMemory, root: int, start: int, end: int, *, hidden: bool = False) -> NDArray[np.void]:
+    """Every leaf entry that maps some of [start, end): LEAF_DTYPE, in the order of addresses.
+
+    ``hidden``: also entries that would, were they present (`PROTNONE`).
+    """
     mode = memory.mode
     out = [np.zeros(0, LEAF_DTYPE)]
     for tables in table_pages(memory, root, start, end):
         slots, gvas = entry_slots(mode, tables, start, end)
         read = memory.read(slots)
         leaf = is_leaf(tables.level, read)
+        if hidden:
+            leaf |= is_leaf(tables.level, read | np.uint64(P)) & (read & np.uint64(P | PROTNONE) == PROTNONE)
         rows = np.zeros(int(np.count_nonzero(leaf)), LEAF_DTYPE)
         rows["gva"], rows["slot"], rows["size"] = gvas[leaf], slots[leaf], tables.level.size
         rows["gpa"] = frames(mode, tables.level, read[leaf], leaf=True)
