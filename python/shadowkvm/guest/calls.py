@@ -120,6 +120,7 @@ class Calls(Paging):
 
     def _change(self, space: AddressSpace, vma: Vma, *, read: bool, write: bool, execute: bool) -> bool:
         """Store the entries of one mapping anew; whether one of them lost a right."""
+        self.split_ends(space, vma.start, vma.end)
         found = space.leaves(vma.start, vma.end, hidden=True)
         slots = found["slot"].copy()
         if not len(slots):
@@ -182,6 +183,7 @@ class Calls(Paging):
         return True
 
     def _move_entries(self, space: AddressSpace, source: int, target: int, size: int) -> None:
+        self.split_ends(space, source, source + size, all_of_them=True)
         found = space.leaves(source, source + size, hidden=True)
         if not len(found):
             return
@@ -217,11 +219,7 @@ class Gather:
     def zap(self, start: int, end: int) -> None:
         """Clear the entries of [start, end); with each page its struct page is told (``zap_pte_range``)."""
         guest, space = self._guest, self._mm.space
-        for row in space.leaves(start, end, hidden=True):
-            # A huge page that reaches out of the range is split first.
-            if int(row["size"]) > PAGE_SIZE and not start <= int(row["gva"]) < int(row["gva"] + row["size"]) <= end:
-                with guest.stores():
-                    space.split(space.mode.level(2), int(row["slot"]), int(row["gva"]))
+        guest.split_ends(space, start, end)
         found = space.leaves(start, end, hidden=True)
         gfns = found["gpa"] >> _SHIFT
         stores = guest.memory.write(found["slot"].copy(), 0, Op.WRITE if self._final else Op.XCHG, log=False)

@@ -149,7 +149,7 @@ def next_batch(
     gvas = addresses(gvas)
     vma = mappings.index(process, gvas)
     found = process.space.walk(gvas, user_root=True)
-    kind = _kinds(mappings, vma, written, found, fetch=fetch)
+    kind = _kinds(mappings, vma, written, found, fetch=fetch, huge=_room_for_huge(mappings, gvas, vma, found))
     if (kind == Kind.FORBIDDEN).any():
         at = int(np.argmax(kind == Kind.FORBIDDEN))
         what = "fetch" if fetch else "store" if written[at] else "load"
@@ -165,10 +165,27 @@ def next_batch(
     return Batch(process, mappings, gvas[:cut], written[:cut], found, vma[:cut], kind[:cut], events, Weave(cut))
 
 
+def _room_for_huge(
+    mappings: Mappings, gvas: NDArray[np.uint64], vma: NDArray[np.int64], found: Walk
+) -> NDArray[np.bool_]:
+    """Where a huge page can come: all 2 MiB are in the mapping, and no table of small pages is there."""
+    first = gvas >> _HUGE_SHIFT << _HUGE_SHIFT
+    last = first + np.uint64((1 << 21) - 1)
+    whole = (first >= mappings.start[vma]) & (last < mappings.end[vma])
+    out: NDArray[np.bool_] = mappings.huge[vma] & whole & (found.level > 1)
+    return out
+
+
 def _kinds(
-    mappings: Mappings, vma: NDArray[np.int64], written: NDArray[np.bool_], found: Walk, *, fetch: bool
+    mappings: Mappings,
+    vma: NDArray[np.int64],
+    written: NDArray[np.bool_],
+    found: Walk,
+    *,
+    fetch: bool,
+    huge: NDArray[np.bool_],
 ) -> NDArray[np.int64]:
-    shared, file, huge = mappings.shared[vma], mappings.file[vma], mappings.huge[vma]
+    shared, file = mappings.shared[vma], mappings.file[vma]
     allowed = mappings.execute[vma] if fetch else np.where(written, mappings.write[vma], mappings.read[vma])
     right = found.execute if fetch else np.where(written, found.write, found.present)
     # A page that an earlier mprotect left without U, or that must not be executed: only the mapping can be to blame.

@@ -105,12 +105,18 @@ class Cpu:
             stack: gva of the task's kernel stack.
             handler: which page of the kernel's code.
         """
-        ops = [Op.FETCH, Op.CR3, Op.FETCH, Op.WRITE]
-        addrs = [self._text, 0, self._text + (1 + handler) * PAGE_SIZE, stack]
-        value = self.cr3(self.mm, noflush=True) if self.kpti and self.mm else 0
-        rows = make_rows(ops, addrs, [0, value, 0, 0], size=self._word, vcpu=self.number)
-        rows["flags"][3] = Flag.KEEP
-        return rows if self.kpti else np.delete(rows, 1)
+        rows = make_rows([Op.FETCH], self._text, vcpu=self.number)
+        if self.kpti and self.mm is not None:
+            load = make_rows([Op.CR3], value=self.cr3(self.mm, noflush=True), vcpu=self.number)
+            rows = np.concatenate((rows, load))
+        return np.concatenate((rows, self.handler(stack, handler)))
+
+    def handler(self, stack: int, number: int) -> NDArray[np.void]:
+        """In the kernel: page ``number`` of its code, and the stack."""
+        addrs = [self._text + (1 + number) * PAGE_SIZE, stack]
+        rows = make_rows([Op.FETCH, Op.WRITE], addrs, size=self._word, vcpu=self.number)
+        rows["flags"][1] = Flag.KEEP
+        return rows
 
     def leave(self) -> NDArray[np.void]:
         """Back to user code: under KPTI the entry code and the user's CR3, which flushes if something asked for it."""

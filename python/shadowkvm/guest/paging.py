@@ -13,7 +13,7 @@ from shadowkvm.guest.faults import HUGE, REMOTE, Handlers
 from shadowkvm.guest.machine import PAGE_FAULT
 from shadowkvm.guest.task import ABSENT, File, Process, Vma
 from shadowkvm.ops import PAGE_SIZE, Flag, Op
-from shadowkvm.pagetables import Weave, make_rows
+from shadowkvm.pagetables import AddressSpace, Weave, make_rows
 from shadowkvm.pagetables.walk import addresses
 
 __all__ = ["Paging"]
@@ -87,6 +87,15 @@ class Paging(Handlers):
                 process.space.split(process.space.mode.level(2), int(found.slot[events[0]]), gva)
             self.flush_user(process.mm, gva, gva + HUGE, HUGE)
         return True
+
+    def split_ends(self, space: AddressSpace, start: int, end: int, *, all_of_them: bool = False) -> None:
+        """Split the huge pages that reach out of [start, end), or all of them (``vma_adjust_trans_huge``)."""
+        found = space.leaves(start, end, hidden=True)
+        last = found["gva"] + found["size"]
+        out = (found["gva"] < np.uint64(start)) | (last > np.uint64(end)) | all_of_them
+        for row in found[out & (found["size"] > PAGE_SIZE)]:
+            with self.stores():
+                space.split(space.mode.level(2), int(row["slot"]), int(row["gva"]))
 
     def _user_rows(self, gvas: NDArray[np.uint64], written: NDArray[np.bool_], *, fetch: bool) -> NDArray[np.void]:
         op = np.where(written, int(Op.WRITE), int(Op.FETCH if fetch else Op.READ))

@@ -70,10 +70,12 @@ class Tlb(Machine):
 
     def remote_flush(self, cpu: Cpu, gvas: NDArray[np.uint64] | None) -> list[tuple[Cpu, NDArray[np.void]]]:
         """Have another CPU flush: the interrupt that this one sends, and what the other one does."""
-        stack = cpu.task.kernel_stack if cpu.task else self._idle_stacks[cpu.number]
-        hit = [make_rows([Op.INTR], value=_IPI_VECTOR), cpu.enter(stack, _HANDLER), self.flush_rows(cpu, gvas)]
-        if cpu.task is not None:
-            hit.insert(1, cpu.delivery(_IPI_VECTOR))
+        hit = [make_rows([Op.INTR], value=_IPI_VECTOR)]
+        if cpu.inside or cpu.task is None:
+            # No way in: an idle CPU is in the kernel.
+            hit += [cpu.handler(self._idle_stacks[cpu.number], _HANDLER), self.flush_rows(cpu, gvas)]
+        else:
+            hit += [cpu.delivery(_IPI_VECTOR), cpu.enter(cpu.task.kernel_stack, _HANDLER), self.flush_rows(cpu, gvas)]
             hit.append(cpu.leave())
         # The sender writes to its interrupt controller, which the host emulates: an exit, no matter for the MMU.
         return [(self.cpu, make_rows([Op.IO])), *((cpu, rows) for rows in hit)]
@@ -94,5 +96,5 @@ class Tlb(Machine):
                 continue
             parts = self.remote_flush(cpu, gvas[:0])
             # The flush comes before the way back to user code, if there is one.
-            at = len(parts) - (cpu.task is not None)
+            at = len(parts) - (not cpu.inside)
             self.emit_all([*parts[:at], (cpu, flush), *parts[at:]])

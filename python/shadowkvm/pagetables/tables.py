@@ -12,7 +12,7 @@ from shadowkvm.ops import PAGE_SIZE, Op
 from shadowkvm.pagetables.entries import NX, PS, P, frames, is_leaf, leaf_entries, table_entry
 from shadowkvm.pagetables.memory import GuestMemory
 from shadowkvm.pagetables.modes import Level, PagingMode
-from shadowkvm.pagetables.walk import TableRange, entry_slots, leaves, table_pages
+from shadowkvm.pagetables.walk import TableRange, entry_slots, table_pages
 
 __all__ = ["END", "Tables"]
 
@@ -114,13 +114,14 @@ class Tables:
     def split(self, level: Level, slot: int, gva: int) -> None:
         """Replace the large page at ``gva`` by a table that maps the same memory with the same rights."""
         mode, below = self.mode, self.mode.level(level.number - 1)
-        first = int(leaves(self.memory, self.root, gva, gva + level.size)[0]["gpa"])
+        entry = np.array([slot], np.uint64)
+        old = self.memory.read(entry)
+        first = int(frames(mode, level, old, leaf=True)[0])
         if first + level.size > 1 << mode.physical_bits:
             raise ConfigError(f"gva {gva:#x}: 4 KiB pages of {mode.name} paging do not reach gpa {first:#x}")
         count = np.arange(below.entries, dtype=np.uint64)
         table = self.memory.new_table()
-        entry = np.array([slot], np.uint64)
-        bits = int(self.memory.read(entry)[0]) & _LOW_BITS & ~PS
+        bits = int(old[0]) & _LOW_BITS & ~PS
         small = leaf_entries(mode, below, np.uint64(first) + count * np.uint64(below.size), bits)
         self.memory.write(np.uint64(table) + count * np.uint64(mode.entry_bytes), small)
         self.store(level, entry, table_entry(mode, level, table, user=not mode.is_kernel(gva)), gva)
