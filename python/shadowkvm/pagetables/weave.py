@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shadowkvm.ops import TRACE_DTYPE, Op
 
 __all__ = ["Weave", "make_rows"]
+
+_WORDS: Final = TRACE_DTYPE.itemsize // 8
 
 
 def make_rows(
@@ -44,39 +48,44 @@ class Weave:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._parts: list[tuple[NDArray[np.int64] | None, NDArray[np.void]]] = []
+        # Rows as three numbers of 8 bytes each: NumPy moves those several times faster than records.
+        self._parts: list[tuple[NDArray[np.int64] | None, NDArray[np.uint64]]] = []
 
     def add(self, rows: NDArray[np.void], at: NDArray[np.int64] | None = None) -> None:
         """Give each event of ``at`` (ascending; None: every event) one row; a single row goes to all of them."""
-        wanted = self._count if at is None else len(at)
-        if wanted:
-            self._parts.append((at, rows if len(rows) == wanted else np.broadcast_to(rows, wanted)))
+        if self._count if at is None else len(at):
+            self._parts.append((at, _words(rows)))
 
     def add_block(self, event: int, rows: NDArray[np.void]) -> None:
         """Give one event several rows."""
         if len(rows):
-            self._parts.append((np.full(len(rows), event), rows))
+            self._parts.append((np.full(len(rows), event), _words(rows)))
 
     def rows(self) -> NDArray[np.void]:
         """All rows in their order: TRACE_DTYPE."""
         counts = np.zeros(self._count, np.int64)
-        for at, rows in self._parts:
+        for at, words in self._parts:
             if at is None:
                 counts += 1
-            elif len(at) and at[0] == at[-1]:
-                counts[at[0]] += len(rows)
+            elif at[0] == at[-1]:
+                counts[at[0]] += len(words)
             else:
                 counts[at] += 1
         following = np.cumsum(counts) - counts
-        out = np.empty(int(counts.sum()), TRACE_DTYPE)
-        for at, rows in self._parts:
+        out = np.empty((int(counts.sum()), _WORDS), np.uint64)
+        for at, words in self._parts:
             if at is None:
-                out[following] = rows
+                out[following] = words
                 following += 1
-            elif len(at) and at[0] == at[-1]:
-                out[following[at[0]] : following[at[0]] + len(rows)] = rows
-                following[at[0]] += len(rows)
+            elif at[0] == at[-1]:
+                out[following[at[0]] : following[at[0]] + len(words)] = words
+                following[at[0]] += len(words)
             else:
-                out[following[at]] = rows
+                out[following[at]] = words
                 following[at] += 1
-        return out
+        return out.reshape(-1).view(TRACE_DTYPE)
+
+
+def _words(rows: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Rows as numbers: shape (n, 3). A copy, so that the caller may go on with his rows."""
+    return np.array(rows).view(np.uint64).reshape(-1, _WORDS)
