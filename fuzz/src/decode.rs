@@ -236,6 +236,7 @@ fn rare(record: [u8; RECORD], base: Row) -> Act {
                 cr3,
                 cr4: CR4S[usize::from(d & 15)],
                 efer: EFERS[usize::from(b & 7)],
+                cs_l: true,
             };
             Act::Sregs(vcpu, regs)
         }

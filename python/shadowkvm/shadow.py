@@ -100,7 +100,9 @@ class Root:
 
     vcpu: int
     page: Page | None
-    """What the CPU's CR3 points to; None while nothing is loaded."""
+    """What the CPU's CR3 points to; None while nothing is loaded, and for a PAE root."""
+    quarters: tuple[Page | None, ...]
+    """The four pages of a PAE root, one a GiB, as it is used for PAE, 32-bit and unpaged guests; else empty."""
     previous: tuple[Page | None, ...]
     """The cached roots, the last one used first."""
 
@@ -144,9 +146,12 @@ def _drawing(tree: ShadowTree) -> Iterator[str]:
     for root in tree.roots:
         cached = [f"#{page.id}" for page in root.previous if page is not None]
         note = f" (cached: {', '.join(cached)})" if cached else ""
-        yield f"vCPU {root.vcpu}:{'' if root.page else ' no root'}{note}"
+        yield f"vCPU {root.vcpu}:{'' if root.page or root.quarters else ' no root'}{note}"
         if root.page is not None:
             yield from _branch(root.page, "  ", seen)
+        for gib, quarter in enumerate(root.quarters):
+            if quarter is not None:
+                yield from _branch(quarter, "  ", seen, f"[{gib} GiB] ")
         for page in root.previous:
             if page is not None and page.id not in seen:
                 yield from _branch(page, "  ", seen)
@@ -208,7 +213,12 @@ def shadow_tree(vm: Vm) -> ShadowTree:
     return ShadowTree(
         pages=tuple(made[row[0]] for row in rows),
         roots=tuple(
-            Root(vcpu, made.get(current), tuple(made.get(page) for page in previous))
+            Root(
+                vcpu,
+                made[current[0]] if len(current) == 1 else None,
+                tuple(made.get(page) for page in current) if len(current) > 1 else (),
+                tuple(made.get(page) for page in previous),
+            )
             for vcpu, (current, previous) in enumerate(vm.roots())
         ),
     )

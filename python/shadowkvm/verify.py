@@ -44,6 +44,7 @@ def add_verbs(app: App) -> None:
     examples = (
         "shadowkvm verify tests/conformance/data/random-1.json.xz",
         "shadowkvm verify --random 20 --seed 1",
+        "shadowkvm verify --random 20 --group PAE",
         "shadowkvm verify --backend qemu --events case.json",
     )
     app.command(verify, help_epilogue="\n".join(["Examples:", "", *(f"    {line}" for line in examples)]))
@@ -57,6 +58,10 @@ def verify(
         Parameter(help="Who says what KVM does: the files (recorded), QEMU, or this machine's /dev/kvm (kvm)."),
     ] = None,
     random: Annotated[int, Parameter(help="Make this many random cases.", show_default=False)] = 0,
+    group: Annotated[
+        Literal["64-bit", "PAE", "two-level", "off", "vcpus", "host", "all"],
+        Parameter(help="What guests: their paging, or several vCPUs, or busy hosts."),
+    ] = "64-bit",
     seed: Annotated[int, Parameter(help="Seed of the first of them; the others have the next ones.")] = 1,
     ops: Annotated[int, Parameter(help="Operations in each of them.")] = 500,
     events: Annotated[
@@ -91,7 +96,9 @@ def verify(
         raise UsageError("only --backend qemu records events")
     if ops < 1 or seed < 0 or random < 0:
         raise UsageError("--ops must be at least 1, --random and --seed at least 0")
-    made = [case for path in cases for case in load(path)] + [generate(seed + i, ops) for i in range(random)]
+    made = [case for path in cases for case in load(path)] + [
+        generate(seed + i, ops, group=group) for i in range(random)
+    ]
     with asking(backend, sum(len(c.ops) for c in made), quiet=quiet) as (referee, tick):
         verdicts = []
         for verdict in judge(referee, made, events=events) if referee else map(judge_recorded, made):

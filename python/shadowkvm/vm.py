@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HOST_STATES", "Vm"]
 
-HOST_STATES: Final = ("writable", "zero", "absent", "huge-2m", "huge-1g")
+HOST_STATES: Final = ("writable", "zero", "shared", "absent", "huge-2m", "huge-1g")
 """What the host can have behind guest memory, see `Vm.set_host_pages`."""
 
 Progress = Callable[[int, int], None]
@@ -50,6 +50,10 @@ class Vm(_Vm):
         vcpus: number of virtual CPUs, 1 to 255.
         policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of Linux 6.1.
         profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
+        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel": whose
+            reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
+            "decode_assists", "rsvd_sets_p", "rmw_reads_first".
+        nx_huge_pages: huge pages are split where the guest executes from them.
         events: what `events` records: True (everything), False, or names of tracepoints.
 
     Raises:
@@ -80,13 +84,18 @@ class Vm(_Vm):
         vcpus: int = 1,
         policy: str | None = None,
         profile: str = "zen",
+        features: Mapping[str, bool | int | str] | None = None,
+        nx_huge_pages: bool = False,
         events: bool | Iterable[str] = False,
     ) -> Self:
         """Check the names, then have the engine made."""
         policy = "kvm" if policy is None else _choice("policy", policy, [name for name, _ in POLICIES])
         profile = _choice("profile", profile, PROFILES)
         memory = integer("memory", memory)
-        self = super().__new__(cls, memory, integer("vcpus", vcpus), policy, profile, event_mask(events))
+        words = [(str(name), str(value).lower()) for name, value in (features or {}).items()]
+        self = super().__new__(
+            cls, memory, integer("vcpus", vcpus), policy, profile, event_mask(events), bool(nx_huge_pages), words
+        )
         self._memory, self._policy, self._profile = memory, policy, profile
         return self
 
@@ -122,8 +131,48 @@ class Vm(_Vm):
         """Delete a memslot; all shadow pages become obsolete. ConfigError if there is none of that number."""
         super().delete_slot(integer("slot", slot, bits=16))
 
+    def move_slot(self, slot: int, gpa: int) -> None:
+        """Move a memslot to ``gpa`` with what is in it (``KVM_MR_MOVE``); all shadow pages become obsolete.
+
+        Raises:
+            ConfigError: there is no such slot, or the new place is not aligned, out of range, or another slot's.
+        """
+        super().move_slot(integer("slot", slot, bits=16), integer("gpa", gpa))
+
+    def set_manual_dirty_log(self, enabled: bool, initially_set: bool = False) -> None:
+        """Say how dirty logs are read (``KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2``).
+
+        Args:
+            enabled: `get_dirty_log` only reads; `clear_dirty_log` takes frames out and write-protects them again.
+            initially_set: a log that is turned on begins with every frame in it, and nothing is write-protected.
+
+        Raises:
+            ConfigError: ``initially_set`` without ``enabled``.
+        """
+        super().set_manual_dirty_log(bool(enabled), bool(initially_set))
+
+    def clear_dirty_log(self, slot: int, frames: Iterable[int]) -> None:
+        """Take frames out of a slot's log and write-protect those that were in it (``KVM_CLEAR_DIRTY_LOG``).
+
+        Raises:
+            ConfigError: manual protection is off, no such slot or log, or a frame of another slot.
+
+        >>> import shadowkvm as sk
+        >>> vm = sk.Vm(memory=1 << 20)
+        >>> vm.set_manual_dirty_log(True, initially_set=True)
+        >>> vm.set_dirty_log(0, True)
+        >>> len(vm.get_dirty_log(0)), len(vm.get_dirty_log(0))
+        (256, 256)
+        >>> vm.clear_dirty_log(0, range(250))
+        >>> vm.get_dirty_log(0)
+        [250, 251, 252, 253, 254, 255]
+        """
+        super().clear_dirty_log(integer("slot", slot, bits=16), [integer("frame", frame) for frame in frames])
+
     def get_dirty_log(self, slot: int) -> list[int]:
         """Frame numbers written since the last call, ascending; the call clears them (``KVM_GET_DIRTY_LOG``).
+
+        With `set_manual_dirty_log` they stay until `clear_dirty_log`.
 
         Raises:
             ConfigError: no such slot, or it has no dirty log.
@@ -144,12 +193,56 @@ class Vm(_Vm):
         """
         super().notifier_unmap(integer("gpa", gpa), integer("size", size))
 
+    def notifier_change(self, gpa: int, size: int) -> None:
+        """The host puts a read-only page that others share in the place of each page (KSM); the contents stay.
+
+        Shadow entries that map it are zapped; a store gets a page of its own, which is a notifier again.
+
+        Raises:
+            ConfigError: as `notifier_unmap`.
+        """
+        super().notifier_change(integer("gpa", gpa), integer("size", size))
+
+    def notifier_age(self, gpa: int, size: int, flush: bool = True) -> bool:
+        """Was any page of the range used since it was last asked? A is cleared in the entries that map it.
+
+        ``flush``: with a remote flush if any was (``clear_flush_young``), or without (``clear_young``).
+
+        Raises:
+            ConfigError: as `notifier_unmap`.
+
+        >>> import shadowkvm as sk
+        >>> vm = sk.Vm(memory=1 << 20)
+        >>> vm.vcpus[0].set_sregs(cr0=0x33, cr4=0, efer=0)  # paging off
+        >>> vm.vcpus[0].read(0x5000).status
+        'done'
+        >>> vm.notifier_age(0x5000, 4096), vm.notifier_age(0x5000, 4096)
+        (True, False)
+        """
+        return super().notifier_age(integer("gpa", gpa), integer("size", size), bool(flush))
+
+    def notifier_test_young(self, gpa: int, size: int) -> bool:
+        """The same question; nothing changes (``test_young``)."""
+        return super().notifier_test_young(integer("gpa", gpa), integer("size", size))
+
+    def set_nx_huge_pages(self, enabled: bool) -> None:
+        """Turn the splitting of huge pages for execution on or off (module parameter ``nx_huge_pages``).
+
+        A change makes all shadow pages obsolete (``kvm_mmu_zap_all_fast``).
+        """
+        super().set_nx_huge_pages(bool(enabled))
+
+    def recover_nx_huge_pages(self) -> int:
+        """One round of KVM's recovery thread: zap one in 60 of the pages that split a huge one. Returns how many."""
+        return super().recover_nx_huge_pages()
+
     def set_host_pages(self, gpa: int, size: int, state: str) -> None:
         """Say what the host has behind ``size`` bytes at ``gpa``, as if it had always been so.
 
         Args:
             gpa, size: multiples of 4,096, for huge pages of 2 MiB or 1 GiB.
             state: "writable" (small pages of its own), "zero" (the shared zero page: the first store replaces it),
+                "shared" (a page that others have, too: the same, but it keeps its contents),
                 "absent" (nothing yet: the first access brings it), "huge-2m" or "huge-1g" (huge pages).
 
         Raises:
@@ -173,9 +266,13 @@ class Vm(_Vm):
             data = memoryview(cast("Buffer", data)).tobytes()
         super().write_memory(integer("gpa", gpa), data)
 
-    def read_memory(self, gpa: int, size: int) -> bytes:
-        """The host's own load of ``size`` bytes of guest memory, as `write_memory`."""
-        return super().read_memory(integer("gpa", gpa), integer("size", size))
+    def read_memory(self, gpa: int, size: int, touch: bool = False) -> bytes:
+        """The host's own load of ``size`` bytes of guest memory, as `write_memory`.
+
+        With ``touch`` absent pages become the zero page, as by a load of the process that owns the VM; without, looking
+        changes nothing.
+        """
+        return super().read_memory(integer("gpa", gpa), integer("size", size), bool(touch))
 
     # -- running ------------------------------------------------------------------------------------------------------
 

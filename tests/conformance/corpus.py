@@ -64,6 +64,10 @@ OP_NUMBER = {
 }
 
 
+# The 32-bit program's own.
+OP_NUMBER32 = OP_NUMBER | {"W32": 2, "W64": 14}
+
+
 class Op(NamedTuple):
     letter: str
     address: int
@@ -112,15 +116,36 @@ class Scenario:
     end: dict[str, int]  # rip op faults error shutdown
 
     @property
+    def is_long(self) -> bool:
+        return self.mode == "64-bit"
+
+    def slot(self, op: Op) -> int:
+        """The op's number in its guest's jump table."""
+        return (OP_NUMBER if self.is_long else OP_NUMBER32)[op.letter]
+
+    @property
+    def faults(self) -> int:
+        """How many #PFs the guest took; only the 64-bit program counts them itself."""
+        return self.end["faults"] if self.is_long else self.counters.get("pf_guest", 0)
+
+    @property
     def counters(self) -> dict[str, int]:
         return self.stages[-1]
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Program:
+    """The guest's code at CODE_AT and its instructions by label."""
+
     code: bytes
-    user: bytes
     blocks: dict[str, list[Insn]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    long: Program
+    short: Program  # of every mode but the 64-bit one
+    user: bytes
     not_in_corpus: list[str]
     scenarios: dict[str, Scenario]
 
@@ -136,6 +161,11 @@ def _scenario(raw: dict[str, Any]) -> Scenario:
     return Scenario(**fields)
 
 
+def _program(raw: dict[str, Any]) -> Program:
+    blocks = {label: [Insn(*insn) for insn in block] for label, block in raw["blocks"].items()}
+    return Program(bytes.fromhex(raw["code"]), blocks)
+
+
 @cache
 def load(path: Path = DATA) -> Corpus:
     data = json.loads(lzma.decompress(path.read_bytes()))
@@ -144,9 +174,9 @@ def load(path: Path = DATA) -> Corpus:
         raise ValueError(message)
     guest = data["guest"]
     return Corpus(
-        code=bytes.fromhex(guest["code"]),
+        long=_program(guest),
+        short=_program(data["guest32"]),
         user=bytes.fromhex(guest["user"]),
-        blocks={label: [Insn(*insn) for insn in block] for label, block in guest["blocks"].items()},
         not_in_corpus=data["not_in_corpus"],
         scenarios={raw["id"]: _scenario(raw) for raw in data["scenarios"]},
     )
@@ -173,6 +203,24 @@ def _common_pages() -> dict[int, int]:
     return words
 
 
+def _short_pages(mode: str) -> dict[int, int]:
+    """The same of guests with 32-bit code: PAE (8-byte entries), 32-bit (4-byte entries, two a qword) or no tables."""
+    words: dict[int, int] = {}
+    if mode == "PAE":
+        words[0x1000] = 0x3001
+        for i in range(8):
+            words[0x3000 + 8 * i] = 0x4000 + 0x1000 * i | 0x63
+            words.update({0x4000 + 0x1000 * i + 8 * j: (i * 512 + j) << 12 | 0x63 for j in range(512)})
+    elif mode == "32-bit":
+        entries = {0x1000 + 4 * i: 0x4000 + 0x1000 * i | 0x63 for i in range(4)}
+        entries |= {0x4000 + 4 * page: page << 12 | 0x63 for page in range(4096)}
+        words = {at: entry | entries.get(at + 4, 0) << 32 for at, entry in entries.items() if at % 8 == 0}
+    handler = 0x200800
+    words[0x201000 + 8 * 14] = handler & 0xFFFF | 8 << 16 | 0x8E << 40 | (handler >> 16 & 0xFFFF) << 48
+    words[0x202008], words[0x202010] = 0x00CF9B000000FFFF, 0x00CF93000000FFFF
+    return words
+
+
 def memory_pages(corpus: Corpus, scenario: Scenario) -> dict[int, bytes]:
     """The guest's memory before the first entry, page by page; pages not named are zero and were never written."""
     pages: dict[int, bytearray] = {}
@@ -181,13 +229,14 @@ def memory_pages(corpus: Corpus, scenario: Scenario) -> dict[int, bytes]:
         page = pages.setdefault(address & ~0xFFF, bytearray(4096))
         page[address & 0xFFF : (address & 0xFFF) + len(data)] = data
 
-    for address, word in _common_pages().items():
+    for address, word in (_common_pages() if scenario.is_long else _short_pages(scenario.mode)).items():
         put(address, word.to_bytes(8, "little"))
-    put(CODE_AT, corpus.code)
-    put(USER_AT, corpus.user)
+    put(CODE_AT, (corpus.long if scenario.is_long else corpus.short).code)
+    if scenario.is_long:
+        put(USER_AT, corpus.user)
     for address, word in scenario.memory:
         put(address, word.to_bytes(8, "little"))
     for index, op in enumerate([*scenario.ops, Op("HLT", 0, 0, 0)]):
-        words = (OP_NUMBER[op.letter], op.address, op.value, op.extra)
+        words = (scenario.slot(op), op.address, op.value, op.extra)
         put(OPS_AT + 32 * index, b"".join(word.to_bytes(8, "little") for word in words))
     return {address: bytes(page) for address, page in pages.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.conformance.corpus import OP_NUMBER, RAM, Corpus, Op, Scenario, load, memory_pages
+from tests.conformance.corpus import RAM, Corpus, Op, Scenario, load, memory_pages
 from tests.conformance.program import Guest, ShutdownError
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ class Result:
 def build_vm(sk: Any, corpus: Corpus, scenario: Scenario) -> Any:
     """The VM as the harness made it: 64 MiB in slot 0, memory filled, registers set."""
     vm = sk.Vm(memory=RAM, vcpus=1, profile="qemu-tcg", events=True)
-    regs = scenario.regs
-    vm.vcpus[0].set_sregs(cr0=regs["cr0"], cr3=regs["cr3"], cr4=regs["cr4"], efer=regs["efer"])
     vm.set_host_pages(0, RAM, HOST_PAGES[scenario.host])
     for address, page in memory_pages(corpus, scenario).items():
         if scenario.host == "untouched":
@@ -47,6 +45,8 @@ def build_vm(sk: Any, corpus: Corpus, scenario: Scenario) -> Any:
         else:
             gpa, word = args
             vm.write_memory(gpa, word.to_bytes(8, "little"))
+    regs = scenario.regs  # last: PAE paging reads its PDPTEs when the registers are set
+    vm.vcpus[0].set_sregs(cr0=regs["cr0"], cr3=regs["cr3"], cr4=regs["cr4"], efer=regs["efer"])
     return vm
 
 
@@ -89,7 +89,7 @@ def run_scenario(sk: Any, scenario: Scenario, *, marks: bool = False, corpus: Co
         both = memory.get(address & ~0xFFF, bytes(4096)) + memory.get((address & ~0xFFF) + 4096, bytes(4096))
         return both[address & 0xFFF : (address & 0xFFF) + size]
 
-    guest = Guest(vm.vcpus[0], corpus, code_at, idt=scenario.regs["idt"])
+    guest = Guest(vm.vcpus[0], corpus, code_at, idt=scenario.regs["idt"], long=scenario.is_long)
     guest.int3_decodes = list(scenario.int3_decodes)
     result = Result(events=[], vm=vm, faults=guest.faults)
 
@@ -104,7 +104,7 @@ def run_scenario(sk: Any, scenario: Scenario, *, marks: bool = False, corpus: Co
         for op in [*scenario.ops, Op("HLT", 0, 0, 0)]:
             if marks:
                 result.marks.append(len(vm.events))
-            guest.run_op(op, OP_NUMBER[op.letter], on_host)
+            guest.run_op(op, scenario.slot(op), on_host)
             result.op += op.letter != "HLT"
     except ShutdownError:
         result.shutdown = True

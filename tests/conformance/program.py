@@ -18,12 +18,36 @@ from tests.conformance.corpus import OPS_AT, Insn
 
 # Op letter -> blocks of the guest program. HOST is "outp"; the op that ends every run is HLT.
 BLOCKS = {
-    "HLT": ["done"], "R": ["rd"], "W": ["wr"], "INV": ["inv"], "CR3": ["cr3"], "CALL": ["exec"], "CR0": ["cr0"],
-    "CR4": ["cr4"], "HOST": ["outp"], "W32": ["wr32"], "UR": ["ur", "toring3"], "UW": ["uw", "toring3"],
-    "W8": ["wr8"], "W16": ["wr16"], "XCHG": ["xch"], "LCMPXCHG": ["cmpx"], "LOR": ["orl"], "REPSTOS": ["stos"],
-    "PUSH": ["push"], "ADDM": ["addm"], "MOVAPS": ["movaps"], "UEXEC": ["ux", "toring3"], "EFER": ["efer"],
-    "LCMPXCHG8B": ["cmpx8"], "RAC": ["rdac"], "INT3": ["ud"],
-}  # fmt: skip
+    "HLT": ["done"],
+    "R": ["rd"],
+    "W": ["wr"],
+    "INV": ["inv"],
+    "CR3": ["cr3"],
+    "CALL": ["exec"],
+    "CR0": ["cr0"],
+    "CR4": ["cr4"],
+    "HOST": ["outp"],
+    "W32": ["wr32"],
+    "UR": ["ur", "toring3"],
+    "UW": ["uw", "toring3"],
+    "W8": ["wr8"],
+    "W16": ["wr16"],
+    "XCHG": ["xch"],
+    "LCMPXCHG": ["cmpx"],
+    "LOR": ["orl"],
+    "REPSTOS": ["stos"],
+    "PUSH": ["push"],
+    "ADDM": ["addm"],
+    "MOVAPS": ["movaps"],
+    "UEXEC": ["ux", "toring3"],
+    "EFER": ["efer"],
+    "LCMPXCHG8B": ["cmpx8"],
+    "RAC": ["rdac"],
+    "INT3": ["ud"],
+    "W64": ["wr64"],
+}
+# The 32-bit program stores 32 bits under its plain label.
+BLOCKS32 = {"W32": ["wr"]}  # fmt: skip
 # Code that a scenario puts into guest memory and calls, by its first bytes.
 CALLED = {
     b"\xc3": [(1, "ret", "ret")],
@@ -49,9 +73,12 @@ class ShutdownError(Exception):
 
 
 class Guest:
-    def __init__(self, cpu: Any, corpus: Corpus, code_at: Callable[[int, int], bytes], *, idt: int) -> None:
+    def __init__(self, cpu: Any, corpus: Corpus, code_at: Callable[[int, int], bytes], *, idt: int, long: bool) -> None:
         self.cpu = cpu
-        self.blocks = corpus.blocks
+        self.long = long
+        self.blocks = (corpus.long if long else corpus.short).blocks
+        self.labels = BLOCKS if long else {**BLOCKS, **BLOCKS32}
+        self.table = self.blocks["next_op"][-1]
         self.code_at = code_at
         self.idt = idt
         self.int3_decodes: list[int] = []
@@ -68,10 +95,10 @@ class Guest:
 
     def run_op(self, op: Op, number: int, on_host: Callable[[int], None]) -> None:
         """One turn of the guest's loop. `number` is the op's slot in the jump table."""
-        self.regs.update(rbx=op.address, rdx=op.value, rcx=op.extra, rax=number, table=0x200020 + 8 * number)
+        self.regs.update(rbx=op.address, rdx=op.value, rcx=op.extra, rax=number, table=self.slot_at(number))
         try:
             self.block("next_op")
-            for label in BLOCKS[op.letter]:
+            for label in self.labels[op.letter]:
                 for insn in self.blocks[label]:
                     if self.step(insn):
                         return self.finish()
@@ -84,6 +111,12 @@ class Guest:
             self.deliver(14, fault.error_code)
             self.block("pf_handler")
         return self.finish()
+
+    def slot_at(self, number: int) -> int:
+        """Where the jump table holds the label of that op."""
+        if self.long:
+            return 0x200020 + 8 * number
+        return int(self.table.text.split("*")[1].split("(")[0], 16) + 4 * number
 
     def finish(self) -> None:
         self.block("adv")
@@ -130,9 +163,12 @@ class Guest:
         self.ok(self.cpu.read(self.regs[base] + int(offset), int(size), **self.how()))
 
     def do_store(self, size: str, base: str, kind: str) -> None:
-        value = {"rbx": self.regs["rdx"], "rdx": self.regs["rcx"]}[base] if kind == "mov" else 0
+        at = self.regs[base]
+        value = {"rbx": self.regs["rdx"], "rdx": self.regs["rcx"]}[base] if kind in ("mov", "high") else 0
+        if kind == "high":  # the upper half of a 64-bit value
+            at, value, kind = at + 4, value >> 32, "mov"
         value &= (1 << 8 * int(size)) - 1
-        self.ok(self.cpu.write(self.regs[base], value, int(size), kind=kind, **self.how()))
+        self.ok(self.cpu.write(at, value, int(size), kind=kind, **self.how()))
 
     def do_rep_stos(self) -> None:
         self.ok(
@@ -164,8 +200,9 @@ class Guest:
 
     def do_push(self, what: str) -> None:
         value = self.regs.get(what, 2) if not what.isdigit() else int(what)
-        self.regs["rsp"] -= 8
-        self.ok(self.cpu.write(self.regs["rsp"], value, 8, kind="push", **self.how()))
+        size = 8 if self.long else 4
+        self.regs["rsp"] -= size
+        self.ok(self.cpu.write(self.regs["rsp"], value, size, kind="push", **self.how()))
 
     def do_flags(self, kind: str, operand: str) -> None:
         self.ok(self.cpu.rmw(self.regs["rsp"], int(operand, 16), kind=kind, size=4, locked=False, **self.how()))
@@ -204,8 +241,9 @@ class Guest:
         return self.run_code(self.regs["rbx"])
 
     def do_ret(self) -> None:
-        self.ok(self.cpu.read(self.regs["rsp"], 8, **self.how()))
-        self.regs["rsp"] += 8
+        size = 8 if self.long else 4
+        self.ok(self.cpu.read(self.regs["rsp"], size, **self.how()))
+        self.regs["rsp"] += size
 
     def do_iret(self) -> bool:
         """To CPL3: five words off the stack, both descriptors from the GDT, then the user's code."""
@@ -263,16 +301,20 @@ class Guest:
     def deliver(self, vector: int, error_code: int | None) -> None:
         """What the CPU itself touches: the gate, the code segment, RSP0 when it comes from CPL3, then the frame."""
         how: dict[str, Any] = {"user": self.user, "delivery": True}
-        gate = self.idt + 16 * vector
-        for address in (gate, gate + 8, GDT + 8):
-            self.ok(self.cpu.read(address, 8, **how))
+        size = 8 if self.long else 4
+        gate = self.idt + 2 * size * vector
+        for address in (gate, gate + size, GDT + 8):
+            self.ok(self.cpu.read(address, size, **how))
         old = self.regs["rsp"]
         if self.user:
             self.ok(self.cpu.read(TSS_RSP0, 8, **how))
             self.regs["rsp"] = STACK
-        self.regs["rsp"] &= ~0xF
+        if self.long:
+            self.regs["rsp"] &= ~0xF
         frame = [0x1B if self.user else 0x10, old, 2, 0x23 if self.user else 8, self.rip]
+        if not self.long:  # no stack switch, hence no SS and ESP
+            frame = frame[2:]
         for word in frame if error_code is None else [*frame, error_code]:
-            self.regs["rsp"] -= 8
-            self.ok(self.cpu.write(self.regs["rsp"], word, 8, kind="push", **how))
+            self.regs["rsp"] -= size
+            self.ok(self.cpu.write(self.regs["rsp"], word, size, kind="push", **how))
         self.user = self.ac = False

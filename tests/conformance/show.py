@@ -23,7 +23,7 @@ from tests.conformance.compare import (
 from tests.conformance.corpus import Scenario, load
 from tests.conformance.driver import Result, run_scenario
 from tests.conformance.replayed import Replayed
-from tests.conformance.skips import SKIPPED, UNSUPPORTED_MODES
+from tests.conformance.skips import SKIPPED
 
 
 def say(text: str) -> None:
@@ -57,8 +57,6 @@ def run_all(sk: Any) -> int:
     """One line a scenario; the number of those that differ."""
     bad = 0
     for scenario in load().scenarios.values():
-        if scenario.mode in UNSUPPORTED_MODES:
-            continue
         try:
             result = run_scenario(sk, scenario)
             diff = diff_events(scenario, result.events)

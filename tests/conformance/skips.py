@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-# Modes that the engine refuses with ConfigError for now; their scenarios are in the corpus and wait.
-UNSUPPORTED_MODES = {
-    "32-bit": "32-bit paging without PAE comes later",
-    "PAE": "PAE paging comes later",
-    "no paging": "CR0.PG=0 comes later",
-}
 # Published runs without a recording: only their counters and a sketch of their ops are known.
 NOT_RECORDED = {
     "O3-8": "two vCPUs: no op list was recorded; directed.json.xz has a case of its own",

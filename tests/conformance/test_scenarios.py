@@ -1,4 +1,4 @@
-"""Every recorded 64-bit run of real KVM, replayed: counters, events, dirty logs and final tables must be KVM's."""
+"""Every recorded run of real KVM, replayed: counters, events, dirty logs and final tables must be KVM's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 from tests.conformance.compare import diff_events, diff_stages, diff_tables, op_at, side_by_side
 from tests.conformance.corpus import load
 from tests.conformance.driver import Result, build_vm, run_scenario
-from tests.conformance.skips import NOT_RECORDED, SKIPPED, UNSUPPORTED_MODES
+from tests.conformance.skips import NOT_RECORDED, SKIPPED
 
 sk: Any = pytest.importorskip("shadowkvm")
 
 SCENARIOS = load().scenarios
-RUN = [key for key, scenario in SCENARIOS.items() if scenario.mode not in UNSUPPORTED_MODES]
-REFUSED = [key for key, scenario in SCENARIOS.items() if scenario.mode in UNSUPPORTED_MODES]
+RUN = list(SCENARIOS)
 
 
 @cache
@@ -44,8 +43,9 @@ def test_guest_and_host_see_the_same(ident: str) -> None:
     skip_if_listed(ident, "run")
     scenario, result = SCENARIOS[ident], run(ident)
     end = scenario.end
-    assert (result.op, len(result.faults), result.shutdown) == (end["op"], end["faults"], end["shutdown"])
-    assert (result.faults or [0])[-1] == end["error"]
+    assert (result.op, len(result.faults), result.shutdown) == (end["op"], scenario.faults, end["shutdown"])
+    if scenario.is_long:  # the 32-bit program keeps no error code
+        assert (result.faults or [0])[-1] == end["error"]
     assert result.dirty == scenario.dirty
 
 
@@ -74,15 +74,7 @@ def test_state_is_sound_at_the_end(ident: str) -> None:
     run(ident).vm.audit()
 
 
-@pytest.mark.parametrize("ident", REFUSED)
-def test_unsupported_modes_are_refused(ident: str) -> None:
-    """A mode the engine lacks is refused with a clear error. When this fails the mode has come: shorten the list."""
-    with pytest.raises(sk.ConfigError):
-        build_vm(sk, load(), SCENARIOS[ident])
-
-
 def test_lists_are_complete() -> None:
     assert len(SCENARIOS) == 91
-    assert len(RUN) == 83
     assert set(load().not_in_corpus) == set(NOT_RECORDED)
     assert set(SKIPPED) <= set(RUN)

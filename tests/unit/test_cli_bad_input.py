@@ -71,9 +71,10 @@ def damaged(path: Path) -> Path:
     return path
 
 
-def other_mode(path: Path) -> Path:
+def no_mode(path: Path) -> Path:
     rows = reads(1)
-    sk.Recording.from_arrays(rows, memory=1 << 20).save(path)
+    sregs = {"cr0": 0x80010033, "cr3": 0, "cr4": 0, "efer": 0xD01}
+    sk.Recording.from_arrays(rows, memory=1 << 20, sregs=sregs).save(path)
     return path
 
 
@@ -114,7 +115,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut": (lambda p: cut(p.with_suffix(".npy")), "damaged"),
     "damaged": (damaged, "chunk-00000.npy"),
     "bad row": (lambda p: bad_row(p.with_suffix(".npy")), "row 66000: size 99"),
-    "another mode": (other_mode, "paging off"),
+    "no mode": (no_mode, "long mode needs PAE"),
 }
 
 

@@ -185,12 +185,16 @@ def chunk_sregs() -> dict[str, int]:
     return {"cr0": 0x80050033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD01}
 
 
-def test_a_recording_in_another_mode_is_refused() -> None:
+def test_a_recording_sets_the_paging_mode_and_refuses_one_that_cannot_be() -> None:
     rows = np.zeros(1, sk.TRACE_DTYPE)
     rows["op"], rows["size"] = sk.Op.READ, 4
     recording = sk.Recording.from_arrays(rows, memory=1 << 20)
-    with pytest.raises(sk.ConfigError, match="paging off"):
-        sk.Vm(1 << 20).run(recording)
+    vm = sk.Vm(1 << 20)
+    assert vm.run(recording).status["done"] == 1  # registers all 0: paging off
+    assert vm.vcpus[0].sregs["cr0"] == 0
+    impossible = sk.Recording.from_arrays(rows, memory=1 << 20, sregs={"cr0": 0x80000001, "cr4": 0, "efer": 0x500})
+    with pytest.raises(sk.ConfigError, match="long mode needs PAE"):
+        sk.Vm(1 << 20).run(impossible)
 
 
 def test_a_damaged_recording_stops_at_the_damage(tmp_path: Path) -> None:

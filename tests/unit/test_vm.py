@@ -25,18 +25,33 @@ def test_the_promised_names_are_there() -> None:
 
 def test_the_promised_signatures() -> None:
     signature = inspect.signature(sk.Vm)
-    assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "events"]
+    assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "features", "nx_huge_pages", "events"]
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "memory"}
-    assert defaults == {"vcpus": 1, "policy": None, "profile": "zen", "events": False}
+    assert defaults == {
+        "vcpus": 1,
+        "policy": None,
+        "profile": "zen",
+        "features": None,
+        "nx_huge_pages": False,
+        "events": False,
+    }
     promised = {
         "add_slot": ["slot", "gpa", "size", "readonly", "dirty_log"],
         "delete_slot": ["slot"],
+        "move_slot": ["slot", "gpa"],
+        "set_manual_dirty_log": ["enabled", "initially_set"],
+        "clear_dirty_log": ["slot", "frames"],
+        "notifier_change": ["gpa", "size"],
+        "notifier_age": ["gpa", "size", "flush"],
+        "notifier_test_young": ["gpa", "size"],
+        "set_nx_huge_pages": ["enabled"],
+        "recover_nx_huge_pages": [],
         "get_dirty_log": ["slot"],
         "set_dirty_log": ["slot", "enabled"],
         "notifier_unmap": ["gpa", "size"],
         "set_page_quota": ["n"],
         "write_memory": ["gpa", "data"],
-        "read_memory": ["gpa", "size"],
+        "read_memory": ["gpa", "size", "touch"],
         "set_host_pages": ["gpa", "size", "state"],
         "run": ["trace", "outcomes", "progress"],
         "audit": [],
@@ -89,7 +104,7 @@ def test_each_operation_answers_with_an_outcome() -> None:
     assert cpu.fetch(0x10_0000).status == "done"
     for outcome in (cpu.load_cr3(PML4), cpu.load_cr0(CR0), cpu.load_cr4(CR4), cpu.wrmsr_efer(EFER), cpu.invlpg(0)):
         assert outcome.status == "done"
-    assert cpu.sregs == {"cr0": CR0, "cr3": PML4, "cr4": CR4, "efer": EFER}
+    assert cpu.sregs == {"cr0": CR0, "cr3": PML4, "cr4": CR4, "efer": EFER, "cs_l": 1}
 
 
 def test_guest_faults_are_results() -> None:

@@ -52,6 +52,11 @@ def test_memory_is_a_whole_number(memory: Any) -> None:
         ({"policy": 7}, "a name is expected"),
         ({"profile": "intel"}, "there are: zen, qemu-tcg"),
         ({"profile": None}, "a name is expected"),
+        ({"features": {"maxphyaddr": 35}}, '"35" must be 36 to 52 bits'),
+        ({"features": {"maxphyaddr": "many"}}, '"many" must be 36 to 52 bits'),
+        ({"features": {"vendor": "via"}}, "must be amd or intel"),
+        ({"features": {"pcid": 1}}, 'feature pcid: "1" must be true or false'),
+        ({"features": {"sgx": True}}, '"sgx" is not known'),
         ({"events": "kvm_exit"}, "a list of names"),
         ({"events": 3}, "a list of names"),
         ({"events": ["kvm_exti"]}, "did you mean 'kvm_exit'"),
@@ -106,8 +111,23 @@ CONFIG: dict[str, Callable[[sk.Vm], object]] = {
     "rmw kind": lambda vm: vm.vcpus[0].rmw(0, 1, kind="nand"),
     "repeat 0": lambda vm: vm.vcpus[0].rep_stos(0, 1, 0),
     "repeat for ever": lambda vm: vm.vcpus[0].rep_stos(0, 1, 1 << 31),
-    "paging off": lambda vm: vm.vcpus[0].set_sregs(cr0=0x33),
-    "la57": lambda vm: vm.vcpus[0].set_sregs(cr4=0x1020),
+    "move none": lambda vm: vm.move_slot(3, 0),
+    "move unaligned": lambda vm: vm.move_slot(0, 0x800),
+    "move far": lambda vm: vm.move_slot(0, (1 << 48) - 4096),
+    "full log that is not by hand": lambda vm: vm.set_manual_dirty_log(False, True),
+    "clear not by hand": lambda vm: vm.clear_dirty_log(0, [1]),
+    "age nothing": lambda vm: vm.notifier_age(0, 0),
+    "young no memory": lambda vm: vm.notifier_test_young(1 << 40, 4096),
+    "change unaligned": lambda vm: vm.notifier_change(1, 4096),
+    "paging off in long mode": lambda vm: vm.vcpus[0].set_sregs(cr0=0x33),
+    "long mode without PAE": lambda vm: vm.vcpus[0].set_sregs(cr4=0),
+    "64-bit code without long mode": lambda vm: vm.vcpus[0].set_sregs(cr0=0x33, efer=0, cs_l=True),
+    "pcid without long mode": lambda vm: vm.vcpus[0].set_sregs(cr4=0x20020, efer=0),
+    "no protection keys": lambda vm: vm.vcpus[0].set_sregs(cr4=0x400020),
+    "pkru without keys": lambda vm: vm.vcpus[0].set_pkru(1),
+    "pkru wide": lambda vm: vm.vcpus[0].set_pkru(1 << 32),
+    "efer bits": lambda vm: vm.vcpus[0].set_sregs(efer=0xD03),
+    "deliver vector": lambda vm: vm.vcpus[0].deliver(14, idt=HUGE, gdt=0, rsp=0),
     "cr3": lambda vm: vm.vcpus[0].set_sregs(cr3=1 << 60),
     "from event": lambda vm: vm.event_text(-1),
 }
@@ -115,11 +135,26 @@ CONFIG: dict[str, Callable[[sk.Vm], object]] = {
 
 @pytest.mark.parametrize("name", CONFIG)
 def test_a_setting_that_cannot_be(vm: sk.Vm, name: str) -> None:
+    before = state(vm)
     with pytest.raises(sk.ConfigError) as caught:
         CONFIG[name](vm)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, sk.ShadowKvmError)
     assert str(caught.value)
+    assert state(vm) == before
+
+
+def state(vm: sk.Vm) -> tuple[object, ...]:
+    """All that a refused request could have changed."""
+    cpu = vm.vcpus[0]
+    return (
+        vm.counter_values(),
+        cpu.sregs,
+        vm.shadow_pages(),
+        vm.roots(),
+        vm.read_memory(0, 4 << 20),
+        len(vm.event_text()),
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ __all__ = ["SCHEMA", "load", "save"]
 
 SCHEMA: Final = "shadowkvm.case/1"
 FILTERS: Final = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0}]
-COLUMNS: Final = ("addr", "value", "size", "cpl", "vcpu", "expected", "flags", "slot")
-REGISTERS: Final = ("cr0", "cr3", "cr4", "efer", "vcpus", "memory")
+COLUMNS: Final = ("addr", "value", "size", "cpl", "vcpu", "expected", "flags", "slot", "length")
+REGISTERS: Final = ("cr0", "cr3", "cr4", "efer", "vcpus", "memory", "manual_dirty")
 PLAIN: Final = ("name", "shows", "theme", "seed", "kernel", "profile", "nx_huge_pages")
 
 

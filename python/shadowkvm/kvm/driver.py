@@ -1,13 +1,15 @@
-"""Replays a case in the engine, instruction by instruction as the guest of harness/guest.S executes them."""
+"""Replays a case in the engine, instruction by instruction as the guest of harness/guest*.S executes them."""
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shadowkvm._core import COUNTERS, EVENTS, Vm
-from shadowkvm.kvm.case import Answer, Case, Op
-from shadowkvm.kvm.layout import IMAGE, LABELS, RT, stub_of
+from shadowkvm.kvm.case import AC, HOST_OPS, UNLOCKED, Answer, Case, Op, bits_of
+from shadowkvm.kvm.hostops import HostOps
+from shadowkvm.kvm.layout import IMAGE, LABELS, RT, STACK, stub_of
 
 __all__ = ["COMPARED", "Driver"]
 
@@ -23,13 +25,43 @@ WATCHED: Final = [(i, name) for i, name in enumerate(NAMES) if name in COMPARED]
 VCPU_SCOPE: Final = [i for i, row in enumerate(COUNTERS) if row[1] == "vcpu"]
 ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 
-RMW: Final = frozenset({"or", "and", "xor", "add", "xchg", "cmpxchg"})
-STORES: Final = {"write": "mov", "movnti": "sse", "stos": "stos", "push": "push"}
-CS, SS, USER_CS, USER_SS, FRAME_FLAGS = 0x08, 0x10, 0x23, 0x1B, 0x10002
+STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
+RMW: Final = {
+    **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
+    "inc": "add",
+    "xadd": "add",
+    "bts": "or",
+}
+"""What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+JUMPS: Final = frozenset({"fetch", "run", "int3"})
+BP, DF, GP, PF, SYS = 3, 8, 13, 14, 0x80
+FAULTS: Final = {"page_fault": PF, "general_protection": GP}
+HANDLERS: Final = {PF: "pf", GP: "gp", DF: "df", BP: "bp", SYS: "back"}
+
+
+@dataclass(slots=True)
+class Guest:
+    """What the driver knows of a vCPU."""
+
+    cpu: Any
+    bits: int
+    """The code that it runs: 64 or 32."""
+    idt: int
+    stack: int = STACK
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The addresses in that code."""
+        return LABELS[self.bits]
+
+    def mode(self, efer: int) -> None:
+        """The host has set its registers: code and IDT are those of the mode."""
+        self.bits = bits_of(efer)
+        self.idt = self.labels["idt"]
 
 
 class Driver:
-    """A VM of the engine that runs the guest of guest.S.
+    """A VM of the engine that runs the guest of the harness.
 
     Args:
         case: its start state is set up; its operations are given to `step` one by one.
@@ -40,7 +72,12 @@ class Driver:
     def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
         mask = ALL_EVENTS if events else 0
         self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+        if case.manual_dirty:
+            self.vm.set_manual_dirty_log(enabled=True, initially_set=bool(case.manual_dirty & 2))
+        self.guests = [Guest(cpu, bits_of(case.efer), LABELS[bits_of(case.efer)]["idt"]) for cpu in self.vm.vcpus]
+        self.host = HostOps(self.vm, case.slots)
         self.events: list[str] = []
+        self._rsp0 = dict.fromkeys(LABELS, STACK)
         self._tracing = events
         self._set_up(case)
         self.vm.clear_events()
@@ -64,11 +101,10 @@ class Driver:
 
     def step(self, op: Op) -> Answer:
         """One operation, as replay.c does it, with the counters that it moved (of the VM and of its vCPU)."""
-        cpu = self.vm.vcpus[op.vcpu]
-        before = self._counters(cpu)
-        host = getattr(self, f"_host_{op.op}", None)
-        answer = Answer(value=host(op) or 0) if host else self._guest(cpu, op)
-        after = self._counters(cpu)
+        guest = self.guests[op.vcpu]
+        before = self._counters(guest.cpu)
+        answer = Answer(value=self.host.do(op, guest)) if op.op in HOST_OPS else self._guest(guest, op)
+        after = self._counters(guest.cpu)
         answer.counters = {name: after[i] - before[i] for i, name in WATCHED if after[i] != before[i]}
         if self._tracing:
             self.events = self.vm.event_lines()
@@ -77,84 +113,118 @@ class Driver:
 
     def _counters(self, cpu: Any) -> list[int]:
         values: list[int] = self.vm.counter_values()
-        if len(self.vm.vcpus) > 1:
+        if len(self.guests) > 1:
             own = cpu.counter_values()
             for i, value in zip(VCPU_SCOPE, own, strict=True):
                 values[i] = value
         return values
 
-    # ---- what the host does between two runs of the guest
+    # ---- one run of the guest: a stub from its start to HLT
 
-    def _host_hwrite(self, op: Op) -> None:
-        self.vm.write_memory(op.addr, op.value.to_bytes(8, "little")[: op.size])
-
-    def _host_dirty(self, op: Op) -> None:
-        self.vm.set_dirty_log(op.slot, bool(op.flags & 1))
-
-    def _host_dirtylog(self, op: Op) -> int:
-        return len(self.vm.get_dirty_log(op.slot))
-
-    def _host_unmap(self, op: Op) -> None:
-        self.vm.notifier_unmap(op.addr, op.value)
-
-    def _host_quota(self, op: Op) -> None:
-        self.vm.set_page_quota(op.value)
-
-    def _host_slot_add(self, op: Op) -> None:
-        self.vm.add_slot(op.slot, op.addr, op.value, readonly=bool(op.flags & 2), dirty_log=bool(op.flags & 1))
-
-    def _host_slot_del(self, op: Op) -> None:
-        self.vm.delete_slot(op.slot)
-
-    # ---- one run of the guest: a stub of guest.S from its start to HLT
-
-    def _guest(self, cpu: Any, op: Op) -> Answer:
-        user = op.cpl == 3
-        rip, end, setup = stub_of(op)
+    def _guest(self, guest: Guest, op: Op) -> Answer:
+        cpu, user = guest.cpu, op.cpl == 3
+        rip, end, setup = stub_of(op, guest.bits)
         if user:
-            cpu.fetch(LABELS["k_user"])
+            cpu.fetch(guest.labels["k_user"])
         if setup:
             cpu.fetch(rip - setup, user)
-        out = self._execute(cpu, op, rip, user)
-        if out.status in ("page_fault", "general_protection"):
-            vector, label = (14, "pf_entry") if out.status == "page_fault" else (13, "gp_entry")
-            self._deliver(cpu, vector, user, rip, out.error_code)
-            cpu.hlt(rip=LABELS[label])
-            return Answer(out.status, out.error_code, 0, out.address if vector == 14 else 0)
-        if user or op.op == "fetch":
-            if op.op != "fetch":
-                cpu.fetch(end, True)  # noqa: FBT003 - CPL 3
-            cpu.hlt(rip=RT)
+        out = self._execute(guest, op, rip, user)
+        if out.status == "shutdown":
+            return Answer("shutdown")
+        jump = op.op in ("fetch", "run")
+        if out.status in FAULTS:
+            return self._fault(guest, op, op.addr if jump else rip, out)
+        if op.op == "int3":
+            return self._event(guest, op, BP, rip, soft=True) or Answer()
+        if op.op == "idt":
+            guest.idt = op.addr
+        if user or jump:
+            if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
+                return lost
         else:
             cpu.hlt(rip=end)
-        return Answer(out.status, 0, out.value if op.op == "read" else 0, out.address if out.status == "mmio" else 0)
+        value = out.value if op.op == "read" else 0
+        return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
-    def _execute(self, cpu: Any, op: Op, rip: int, user: bool) -> Any:
-        """The instruction under test."""
+    def _way_back(self, guest: Guest, op: Op, end: int) -> Answer | None:
+        """From a stub of CPL 3, or from where a jump led: SYSCALL, in 32-bit code INT 0x80. An answer: it was lost."""
+        cpu = guest.cpu
+        if op.op != "fetch":
+            for at in (end, end + 1) if end & 0xFFF == 0xFFF else (end,):  # both bytes of it
+                out = cpu.fetch(at, op.cpl == 3)
+                if out.status == "page_fault":
+                    return self._fault(guest, op, end, out)
+        if guest.bits == 64:
+            cpu.hlt(rip=guest.labels["k_back"])
+            return None
+        return self._event(guest, op, SYS, end, soft=True)
+
+    def _fault(self, guest: Guest, op: Op, rip: int, out: Any) -> Answer:
+        """A fault of the instruction is delivered."""
+        vector, code = FAULTS[out.status], out.error_code
+        address = out.address if vector == PF else 0
+        return self._event(guest, op, vector, rip, code) or Answer(out.status, code, 0, address)
+
+    def _event(
+        self, guest: Guest, op: Op, vector: int, rip: int, code: int | None = None, *, soft: bool = False
+    ) -> Answer | None:
+        """Delivers an event, and runs its handler; an answer if it has become another one."""
+        cpu, labels, user = guest.cpu, guest.labels, op.cpl == 3
+        if self._rsp0.get(guest.bits) != guest.stack:  # the harness sets it before each run
+            self.vm.write_memory(labels["tss"] + 4, (guest.stack + 0x10).to_bytes(8, "little")[: guest.bits // 8])
+            self._rsp0[guest.bits] = guest.stack
+        stack = op.addr + op.size if op.op == "push" and not user else guest.stack
+        tables = {"idt": guest.idt, "gdt": LABELS[64]["gdt"], "tss": labels["tss"]}
+        out = cpu.deliver(vector, rsp=stack, error_code=code, rip=rip, user=user, soft=soft, **tables)
+        if out.status == "shutdown":
+            return Answer("shutdown")
+        came, address = out.error_code, cpu.cr2
+        handler = HANDLERS[came]
+        cpu.fetch(labels[f"{handler}_entry"])
+        # The handler takes error code and RIP off the stack; on the guest's own page that cannot exit.
+        popped = code
+        if out.value >> 12 != RT >> 12 or came != vector:
+            popped = cpu.read(out.value, guest.bits // 8, rip=labels[f"{handler}_entry"]).value
+        cpu.hlt(rip=labels[f"{handler}_hlt"])
+        if came == vector:
+            return None
+        return Answer("double_fault") if came == DF else Answer("page_fault", popped or 0, 0, address)
+
+    # ---- the instruction under test
+
+    def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
+        cpu, ac = guest.cpu, bool(op.flags & AC)
         if op.op == "read":
-            return cpu.read(op.addr, op.size, user, rip=rip)
+            return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
         if op.op in STORES:
             value = op.expected if op.op == "stos" else op.value
-            return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip)
+            if op.size == 16:
+                value |= op.expected << 64
+            return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip, ac=ac)
         if op.op in RMW:
+            operand = {"inc": 1, "bts": 1 << op.value % (8 * op.size)}.get(op.op, op.value)
             expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
-            return cpu.rmw(op.addr, op.value, op.op, op.size, user, rip=rip, **expected)
-        if op.op == "rep":
-            return cpu.rep_stos(op.addr, op.expected, op.value, 8, user, rip=rip)
+            locked = not op.flags & UNLOCKED
+            return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
+        if op.op in ("rep", "movs"):
+            repeat = cpu.rep_stos if op.op == "rep" else cpu.rep_movs
+            return repeat(op.addr, op.expected, op.value, op.size, user, rip=rip)
+        return self._jump(cpu, op, rip, user) if op.op in JUMPS else self._control(cpu, op, rip)
+
+    def _jump(self, cpu: Any, op: Op, rip: int, user: bool) -> Any:
+        out = cpu.fetch(rip, user)
+        if out.status != "done" or op.op == "int3":
+            return out
+        ac = bool(op.flags & AC)
         if op.op == "fetch":
-            out = cpu.fetch(rip, user)
-            return cpu.fetch(op.addr, user) if out.status == "done" else out
+            return cpu.fetch(op.addr, user, ac=ac)
+        return cpu.write(op.expected, op.value, op.size, user, rip=op.addr, length=op.length, ac=ac)
+
+    def _control(self, cpu: Any, op: Op, rip: int) -> Any:
+        if op.op == "idt":
+            return cpu.fetch(rip)
         if op.op == "invlpg":
             return cpu.invlpg(op.addr, rip=rip)
         if op.op == "efer":
             return cpu.wrmsr_efer(op.value, rip=rip)
         return getattr(cpu, f"load_{op.op}")(op.addr, rip=rip)
-
-    def _deliver(self, cpu: Any, vector: int, user: bool, rip: int, code: int) -> None:
-        """The accesses of the CPU while it delivers an exception: IDT, GDT, from CPL 3 the TSS, six pushes."""
-        for at in (RT + 0x900 + vector * 16, RT + 0x808, *([RT + 0xA04] if user else [])):
-            cpu.read(at, 8, user, delivery=True)
-        top = RT + (0xFF0 if user else 0xFE0)
-        frame = (USER_SS if user else SS, top, FRAME_FLAGS, USER_CS if user else CS, rip, code)
-        for i, v in enumerate(frame, 1):
-            cpu.write(top - 8 * i, v, 8, user, delivery=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from shadowkvm.kvm.case import Answer, Case, Op
+from shadowkvm.kvm.case import Answer, Case
 from shadowkvm.kvm.generate import generate
 
 __all__ = ["Backend", "batches", "record", "record_random", "usable"]
@@ -27,24 +27,26 @@ class Backend(Protocol):
         """Answers and events, case by case."""
 
 
-def usable(answers: Sequence[Answer], ops: Sequence[Op]) -> tuple[int, str]:
+def usable(answers: Sequence[Answer], case: Case) -> tuple[int, str]:
     """How many answers can be kept, and why not more."""
-    for i, (a, op) in enumerate(zip(answers, ops, strict=False)):
+    for i, (a, op, bits) in enumerate(zip(answers, case.ops, case.modes(), strict=False)):
         if a.status == "stopped":
             return i, f"the guest stopped ({a.error_code:#x})"
         if a.counters.get("insn_emulation_fail"):
             return i, "KVM could not emulate"
-        # A jump needs no emulation but that of the HLT behind it. More means an invalid opcode: the bytes of a page to
-        # which only a stale translation led, where KVM then emulates what the current tables lead to.
+        # A jump needs no emulation but that of the HLT behind it, and of INT 0x80 if its delivery faulted. More means
+        # an invalid opcode: the bytes of a page to which only a stale translation led, where KVM then emulates what
+        # the current tables lead to.
         emulated = a.counters.get("insn_emulation", 0) - a.counters.get("pf_emulate", 0)
-        if op.op == "fetch" and a.status == "done" and emulated > 1:
+        again = a.counters.get("pf_fixed", 0) + a.counters.get("pf_spurious", 0) if bits == 32 else 0
+        if op.op == "fetch" and a.status == "done" and emulated > 1 + again:
             return i, "the guest ran the bytes of another page"
     return len(answers), ""
 
 
-def steady(first: Sequence[Answer], second: Sequence[Answer], ops: Sequence[Op]) -> tuple[int, str]:
+def steady(first: Sequence[Answer], second: Sequence[Answer], case: Case) -> tuple[int, str]:
     """How many answers of two runs can be kept, and why not more."""
-    n, why = usable(first, ops)
+    n, why = usable(first, case)
     for i in range(n):
         if i >= len(second) or first[i] != second[i]:
             return i, "two runs differ: the host rescheduled"
@@ -75,7 +77,7 @@ def record(backend: Backend, cases: Sequence[Case], log: Callable[[str], None] |
     out = []
     for i, case in enumerate(cases):
         first = results[2 * i][0]
-        n, why = steady(first, results[2 * i + 1][0], case.ops)
+        n, why = steady(first, results[2 * i + 1][0], case)
         if n < len(case.ops) and log:
             log(f"{case.title}: {n} of {len(case.ops)} operations; {why or 'no answer'}")
         kernel, profile = backend.kernel, backend.profile
@@ -89,6 +91,7 @@ def record_random(
     ops: int,
     seed: int,
     *,
+    group: str = "64-bit",
     least: float = 0.8,
     log: Callable[[str], None] | None = None,
 ) -> list[Case]:
@@ -96,7 +99,7 @@ def record_random(
     kept: list[Case] = []
     while len(kept) < cases:
         n = min(max(1, backend.batch // 2), cases - len(kept))
-        made = [generate(s, ops) for s in range(seed, seed + n)]
+        made = [generate(s, ops, group=group) for s in range(seed, seed + n)]
         seed += n
         kept += [c for c in record(backend, made, log) if len(c.ops) >= least * ops]
     return kept

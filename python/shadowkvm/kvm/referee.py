@@ -69,7 +69,7 @@ def judge(backend: Backend, cases: Sequence[Case], *, events: bool = False) -> I
 
 
 def _hold(backend: Backend, case: Case, answers: list[Answer], traced: list[list[str]] | None) -> Verdict:
-    n, why = usable(answers, case.ops)
+    n, why = usable(answers, case)
     note = f"{n} of {len(case.ops)} operations: {why or 'no more answers'}" if n < len(case.ops) else ""
     agreement = compare(case, answers[:n], events=traced, profile=backend.profile)
     return Verdict(agreement, answers[:n], note=note)
@@ -78,7 +78,7 @@ def _hold(backend: Backend, case: Case, answers: list[Answer], traced: list[list
 def _settle(backend: Backend, first: Verdict, answers: list[Answer], traced: list[list[str]] | None) -> Verdict:
     """The verdict after a second run: where the two runs differ, the one that the engine agrees with stands."""
     case, doubtful = first.agreement.case, set(first.agreement.disagreed)
-    n = min(usable(answers, case.ops)[0], len(first.answers))
+    n = min(usable(answers, case)[0], len(first.answers))
     merged = [answers[i] if i in doubtful else first.answers[i] for i in range(n)]
     second = _hold(backend, case, merged, traced)
     changed = sum(answers[i] != first.answers[i] for i in doubtful if i < n)

@@ -116,6 +116,15 @@ class Normaliser:
         self.tables.clear()
         return rest
 
+    def _fast_page_fault(self, rest: str) -> str:
+        """Without the host's pointer; with paging off the address is the frame's."""
+        words = re.sub(r" sptep \S+", "", rest).split()
+        gfn = int(words[words.index("gva") + 1], 16) >> 12
+        for name in ("old", "new"):
+            spte = int(words[at := words.index(name) + 1], 16)
+            words[at] = f"{self._frame(gfn, (spte & PFN_BITS) >> 12)} {spte & 0xFFF:x}" if spte & 1 else f"{spte:x}"
+        return " ".join(words)
+
     def _mark_mmio_spte(self, rest: str) -> str:
         return re.sub(r"sptep:\S+ ", "", rest)
 

@@ -7,24 +7,37 @@ import struct
 from typing import Final
 
 from shadowkvm.kvm.case import STATUSES, Answer, Case, Op
-from shadowkvm.kvm.layout import IMAGE, LABELS, RT, USER, stub_of
+from shadowkvm.kvm.layout import CODE, IMAGE, LABELS, RT, USER, stub_of
 
 __all__ = ["case_bytes", "split_cases"]
 
-MAGIC: Final = 0x334B4853
+MAGIC: Final = 0x344B4853
 HOST_KIND: Final = 16
 KINDS: Final = {
     "fetch": 1,
     "read": 2,
     "efer": 3,
+    "run": 5,
+    "int3": 6,
+    "idt": 7,
+    "movups": 8,
+    "movaps": 8,
     "hwrite": 16,
-    "slot_add": 17,
     "slot_del": 17,
+    "slot_move": 17,
     "dirty": 17,
     "dirtylog": 18,
     "unmap": 19,
     "quota": 20,
+    "cleardirty": 21,
+    "hread": 22,
+    "set_sregs": 23,
+    "stack": 24,
+    "slot_add": 25,
 }
+WIDE: Final = 4
+OF_A_SLOT: Final = frozenset({"slot_add", "slot_del", "slot_move", "dirty", "dirtylog", "cleardirty"})
+HEAD: Final = "<17Q22Q"
 # The other statistics of KVM depend on the host's timer (exits, irq_exits) or are of the harness (io_exits).
 KEPT: Final = re.compile(
     r"pf_|mmu_|max_mmu_|invlpg|tlb_flush|remote_tlb_flush|pages_|nx_lpage|insn_emulation|mmio_exits"
@@ -32,14 +45,29 @@ KEPT: Final = re.compile(
 TRACE_LINE: Final = re.compile(r"\s*\S+-\d+\s+\[\d+\]\s+\S+\s+[\d.]+: (.*)")
 
 
-def op_bytes(o: Op) -> bytes:
+def op_bytes(o: Op, bits: int = 64) -> bytes:
     """An operation as replay.c reads it (struct op)."""
-    kind, arg, rip, end, size = KINDS.get(o.op, 0), o.flags, 0, 0, o.size
+    kind, arg, rip, end, size, length = KINDS.get(o.op, 0), o.flags, 0, 0, o.size, o.length
     if kind < HOST_KIND:
-        rip, end, arg = stub_of(o)
-    elif kind in (17, 18):
+        rip, end, arg = stub_of(o, bits)
+        if o.op == "cmpxchg" and o.size == bits // 4:
+            kind = WIDE
+        if o.op == "push":
+            length = o.size
+    elif o.op in OF_A_SLOT:
         size = o.slot
-    return struct.pack("<4B3I3Q", kind, size, o.cpl, o.vcpu, arg, rip, end, o.addr, o.value, o.expected)
+    return struct.pack(
+        "<4B5I3Q", kind, size, o.cpl, o.vcpu, arg, rip, end, o.flags, length, o.addr, o.value, o.expected
+    )
+
+
+def mode_numbers(bits: int) -> tuple[int, ...]:
+    """Where things are in the code of one mode (struct mode)."""
+    labels = LABELS[bits]
+    back = labels["k_back" if bits == 64 else "back_hlt"]
+    names = ("pf_hlt", "gp_hlt", "df_hlt", "bp_hlt", "k_user", "idt")
+    limit = labels["idt_end"] - labels["idt"] - 1
+    return back, *(labels[n] for n in names), limit, labels["tss"], labels["idtr"], CODE[bits]
 
 
 def case_bytes(case: Case, phys_bits: int = 0) -> bytes:
@@ -50,11 +78,13 @@ def case_bytes(case: Case, phys_bits: int = 0) -> bytes:
         phys_bits: physical address width that the guest is told; 0: what KVM offers.
     """
     tops = [s.gpa + s.size for s in case.slots]
-    tops += [o.addr + o.value for o in case.ops if o.op == "slot_add"]
-    labels = (LABELS["pf_entry"], LABELS["gp_entry"], LABELS["k_user"])
+    tops += [o.addr + o.value for o in case.ops if o.op in ("slot_add", "slot_move")]
+    modes = mode_numbers(64) + mode_numbers(32)
+    gdt = (LABELS[64]["gdt"], LABELS[64]["gdt_end"] - LABELS[64]["gdt"] - 1)
     numbers = (case.memory, max([case.memory, *tops]), case.cr0, case.cr3, case.cr4, case.efer, case.vcpus)
     counts = (len(case.slots), len(case.pages) + 2, len(case.ops))
-    out = [struct.pack("<17Q", MAGIC, *numbers, *counts, *labels, *(case.huge or (0, 0)), phys_bits)]
+    rest = (*(case.huge or (0, 0)), phys_bits, case.manual_dirty, *gdt, *modes)
+    out = [struct.pack(HEAD, MAGIC, *numbers, *counts, *rest)]
     out += [struct.pack("<4Q", s.slot, s.gpa, s.size, s.flags) for s in case.slots]
     for gpa, entries in sorted(case.pages.items()):
         page = bytearray(4096)
@@ -62,7 +92,7 @@ def case_bytes(case: Case, phys_bits: int = 0) -> bytes:
             struct.pack_into("<Q", page, i * 8, v)
         out.append(struct.pack("<Q", gpa) + page)
     out += [struct.pack("<Q", gpa) + IMAGE[gpa - RT : gpa - RT + 4096] for gpa in (RT, USER)]
-    return b"".join([*out, *map(op_bytes, case.ops)])
+    return b"".join([*out, *map(op_bytes, case.ops, case.modes())])
 
 
 def parse_answer(line: str) -> Answer:

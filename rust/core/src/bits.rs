@@ -12,6 +12,8 @@ pub const PT_A: u64 = 1 << 5;
 pub const PT_D: u64 = 1 << 6;
 /// Entry bit: large page.
 pub const PT_PS: u64 = 1 << 7;
+/// Entry bit: global.
+pub const PT_G: u64 = 1 << 8;
 /// Entry bit: not executable.
 pub const PT_NX: u64 = 1 << 63;
 /// The address bits of an entry, 12 to 51.
@@ -59,3 +61,19 @@ pub const EFER_LME: u64 = 1 << 8;
 pub const EFER_LMA: u64 = 1 << 10;
 /// EFER: NX enabled.
 pub const EFER_NX: u64 = 1 << 11;
+/// EFER: fast FXSAVE.
+pub const EFER_FFXSR: u64 = 1 << 14;
+/// EFER bits that a guest may set.
+pub const EFER_ALLOWED: u64 = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX | EFER_FFXSR;
+
+/// CR4 bits that every guest here may set: 0 to 10, UMIP, FSGSBASE, OSXSAVE, SMEP, SMAP.
+pub const CR4_ALWAYS: u64 = 0x7ff | 1 << 11 | 1 << 16 | 1 << 18 | CR4_SMEP | CR4_SMAP;
+/// CR0 bits that exist; the others are dropped when CR0 is written.
+pub const CR0_KNOWN: u64 =
+    CR0_PE | CR0_MP | 1 << 2 | CR0_TS | CR0_ET | 1 << 5 | CR0_WP | 1 << 18 | CR0_NW | CR0_CD | CR0_PG;
+
+/// The bits `low` to `high`, none if `low` is above `high`.
+#[must_use]
+pub const fn bit_range(low: u32, high: u32) -> u64 {
+    if low > high { 0 } else { (!0 >> (63 - high)) & (!0 << low) }
+}

@@ -31,8 +31,21 @@ pub const MAX_QUOTA: u64 = 1 << 22;
 pub const MAX_SLOTS: usize = 509;
 /// vCPUs of one VM.
 pub const MAX_VCPUS: usize = 255;
+/// Physical address bits below which memslots lie: bits above are the engine's own in host frame numbers.
+pub const MAX_GPA_BITS: u32 = 48;
+/// Guest physical address bits that a CPU can have.
+pub const MAXPHYADDR: std::ops::RangeInclusive<u32> = 36..=52;
 /// Bytes of guest memory of one VM.
 pub const MAX_MEMORY: u64 = 1 << 42;
+
+/// Who makes the CPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Vendor {
+    /// AMD: bit 8 of entries of the two uppermost levels is reserved.
+    Amd,
+    /// Intel: it is ignored.
+    Intel,
+}
 
 /// What the CPU and the guest's CPUID offer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +64,15 @@ pub struct CpuFeatures {
     pub gbpages: bool,
     /// PCID in CPUID.
     pub pcid: bool,
+    /// INVPCID in CPUID.
+    pub invpcid: bool,
+    /// 5-level paging in CPUID.
+    pub la57: bool,
+    /// Protection keys in CPUID. KVM offers them only with nested paging, so no profile has them
+    /// (`kvm_set_cpu_caps`, 6.1); the rules are there to look at.
+    pub pku: bool,
+    /// Whose reserved bits hold.
+    pub vendor: Vendor,
     /// Guest physical address bits.
     pub maxphyaddr: u32,
 }
@@ -64,6 +86,10 @@ pub const ZEN: CpuFeatures = CpuFeatures {
     rmw_reads_first: false,
     gbpages: true,
     pcid: true,
+    invpcid: true,
+    la57: true,
+    pku: false,
+    vendor: Vendor::Amd,
     maxphyaddr: 48,
 };
 
@@ -76,6 +102,10 @@ pub const QEMU_TCG: CpuFeatures = CpuFeatures {
     rmw_reads_first: true,
     gbpages: true,
     pcid: false,
+    invpcid: false,
+    la57: false,
+    pku: false,
+    vendor: Vendor::Amd,
     maxphyaddr: 40,
 };
 
@@ -92,6 +122,55 @@ impl CpuFeatures {
             || refuse!("profile {name:?} is not known; choose one of {}", PROFILES.map(|p| p.name).join(", ")),
             |p| Ok(**p),
         )
+    }
+}
+
+impl CpuFeatures {
+    /// The same CPU with one feature changed, by the name of its field and a value in words: true or false, a number of
+    /// bits (maxphyaddr), a maker (vendor).
+    ///
+    /// # Errors
+    /// An unknown name, or a value that the feature cannot have.
+    pub fn with(mut self, name: &str, value: &str) -> Result<Self, ConfigError> {
+        let flag = match name {
+            "nrips" => &mut self.nrips,
+            "decode_assists" => &mut self.decode_assists,
+            "rsvd_sets_p" => &mut self.rsvd_sets_p,
+            "rmw_reads_first" => &mut self.rmw_reads_first,
+            "gbpages" => &mut self.gbpages,
+            "pcid" => &mut self.pcid,
+            "invpcid" => &mut self.invpcid,
+            "la57" => &mut self.la57,
+            "pku" => &mut self.pku,
+            "maxphyaddr" => return self.with_maxphyaddr(value),
+            "vendor" => {
+                self.vendor = match value {
+                    "amd" => Vendor::Amd,
+                    "intel" => Vendor::Intel,
+                    _ => return refuse!("feature vendor: {value:?} must be amd or intel"),
+                };
+                return Ok(self);
+            }
+            _ => {
+                return refuse!(
+                    "feature {name:?} is not known; choose nrips, decode_assists, rsvd_sets_p, rmw_reads_first, gbpages, \
+                     pcid, invpcid, la57, pku, maxphyaddr or vendor"
+                );
+            }
+        };
+        *flag = match value {
+            "true" => true,
+            "false" => false,
+            _ => return refuse!("feature {name}: {value:?} must be true or false"),
+        };
+        Ok(self)
+    }
+
+    fn with_maxphyaddr(self, value: &str) -> Result<Self, ConfigError> {
+        match value.parse() {
+            Ok(maxphyaddr) if MAXPHYADDR.contains(&maxphyaddr) => Ok(Self { maxphyaddr, ..self }),
+            _ => refuse!("feature maxphyaddr: {value:?} must be {} to {} bits", MAXPHYADDR.start(), MAXPHYADDR.end()),
+        }
     }
 }
 

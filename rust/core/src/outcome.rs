@@ -41,11 +41,13 @@ pub enum Status {
     InternalError = 6,
     /// The instruction faults again for ever; the engine gave up after [`crate::config::MAX_RESUMES`] rounds.
     Livelock = 7,
+    /// The guest gets #DF: a #PF while a #PF was delivered, CR2 = `address`.
+    DoubleFault = 8,
 }
 
 impl Status {
     /// Every status, in the order of its number.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Done,
         Self::PageFault,
         Self::Mmio,
@@ -54,6 +56,7 @@ impl Status {
         Self::InvalidOpcode,
         Self::InternalError,
         Self::Livelock,
+        Self::DoubleFault,
     ];
 
     /// The name that the Python face shows.
@@ -68,6 +71,7 @@ impl Status {
             Self::InvalidOpcode => "invalid_opcode",
             Self::InternalError => "internal_error",
             Self::Livelock => "livelock",
+            Self::DoubleFault => "double_fault",
         }
     }
 }

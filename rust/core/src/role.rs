@@ -10,7 +10,8 @@ use std::fmt;
 pub struct Role(pub u32);
 
 const HAS_4_BYTE: u32 = 1 << 4;
-const QUADRANT: u32 = 3 << 5;
+const QUADRANT_SHIFT: u32 = 5;
+const QUADRANT: u32 = 3 << QUADRANT_SHIFT;
 const DIRECT: u32 = 1 << 7;
 const ACCESS: u32 = 7 << 8;
 const INVALID: u32 = 1 << 11;
@@ -40,16 +41,60 @@ impl Role {
         Self(word)
     }
 
-    /// The role of the table below an entry (`kvm_mmu_child_role`, 6.1).
+    /// The role of the roots with paging off: everything else is clear.
     #[must_use]
-    pub const fn child(self, direct: bool, access: Access) -> Self {
+    pub const fn direct_root(level: Level) -> Self {
+        Self(level.0 as u32 | DIRECT | ACCESS | EFER_NX)
+    }
+
+    /// The same role for guest entries of 4 or 8 bytes.
+    #[must_use]
+    pub const fn with_entry_bytes(self, bytes: u8) -> Self {
+        if bytes == 4 { Self(self.0 | HAS_4_BYTE) } else { self }
+    }
+
+    /// The role of one of the four pages that a PAE root consists of (`mmu_alloc_root`, 6.1).
+    #[must_use]
+    pub const fn pae_root(self, quadrant: u32) -> Self {
+        let quadrant = if self.has_4_byte() { quadrant << QUADRANT_SHIFT } else { 0 };
+        Self((self.0 & !0xf) | 2 | quadrant)
+    }
+
+    /// The role of the table below entry `index` (`kvm_mmu_child_role`, 6.1). A guest table of 1,024 entries takes two
+    /// shadow pages, and the entry's place says which half; pages below a large page have it, too.
+    #[must_use]
+    pub const fn child(self, index: usize, direct: bool, access: Access) -> Self {
         let mut word = self.0 & !(ACCESS | DIRECT | PASSTHROUGH);
         word = (word & !0xf) | ((self.0 & 0xf) - 1);
         word |= (access.0 as u32) << 8;
         if direct {
             word |= DIRECT;
         }
+        if self.has_4_byte() {
+            word = (word & !QUADRANT) | (index as u32 & 1) << QUADRANT_SHIFT;
+        }
         Self(word)
+    }
+
+    /// Whether the guest's entries have 4 bytes.
+    #[inline]
+    #[must_use]
+    pub const fn has_4_byte(self) -> bool {
+        self.0 & HAS_4_BYTE != 0
+    }
+
+    /// Bytes of the guest's entries.
+    #[inline]
+    #[must_use]
+    pub const fn entry_bytes(self) -> u8 {
+        if self.has_4_byte() { 4 } else { 8 }
+    }
+
+    /// Which part of a table with 4-byte entries the page shadows: a half on level 1, a quarter on level 2.
+    #[inline]
+    #[must_use]
+    pub const fn quadrant(self) -> usize {
+        ((self.0 & QUADRANT) >> QUADRANT_SHIFT) as usize
     }
 
     /// The level of the page.
@@ -96,8 +141,8 @@ impl fmt::Display for Role {
             f,
             "l{} {}-byte q{}{} {}{} {}nxe {}ad",
             self.level().0,
-            if self.0 & HAS_4_BYTE != 0 { 4 } else { 8 },
-            (self.0 & QUADRANT) >> 5,
+            self.entry_bytes(),
+            self.quadrant(),
             if self.direct() { " direct" } else { "" },
             self.access().text(),
             if self.invalid() { " invalid" } else { "" },
@@ -114,11 +159,22 @@ mod tests {
     #[test]
     fn a_child_is_one_level_lower_with_its_own_rights() {
         let root = Role::root(Level(4), true, true, true);
-        let child = root.child(false, Access::W.with(Access::X));
+        let child = root.child(0, false, Access::W.with(Access::X));
         assert_eq!(root.to_string(), "l4 8-byte q0 wux nxe ad");
         assert_eq!(child.to_string(), "l3 8-byte q0 w-x nxe ad");
-        assert_eq!(child.child(true, Access::X).to_string(), "l2 8-byte q0 direct --x nxe ad");
+        assert_eq!(child.child(0, true, Access::X).to_string(), "l2 8-byte q0 direct --x nxe ad");
         assert_eq!(root.sync_key(), child.sync_key());
+    }
+
+    #[test]
+    fn quadrants_are_a_matter_of_4_byte_entries_only() {
+        let root = Role::root(Level(3), true, false, false).with_entry_bytes(4);
+        let quarter = root.pae_root(3);
+        assert_eq!(quarter.to_string(), "l2 4-byte q3 wux nxe ad");
+        assert_eq!(quarter.child(7, false, Access::ALL).to_string(), "l1 4-byte q1 wux nxe ad");
+        assert_eq!(quarter.child(6, true, Access::ALL).to_string(), "l1 4-byte q0 direct wux nxe ad");
+        assert_eq!(Role::direct_root(Level(3)).pae_root(2).to_string(), "l2 8-byte q0 direct wux nxe ad");
+        assert_eq!(quarter.sync_key(), root.sync_key());
     }
 
     #[test]

@@ -47,13 +47,6 @@ address!(
 );
 
 impl Gva {
-    /// Whether bits 63..47 are all alike (4-level paging, APM vol. 2 section 5.3.1).
-    #[must_use]
-    pub const fn is_canonical(self) -> bool {
-        let top = self.0 >> 47;
-        top == 0 || top == 0x1_ffff
-    }
-
     /// The offset inside the 4 KiB page.
     #[must_use]
     pub const fn offset(self) -> u64 {
@@ -66,7 +59,7 @@ impl Gva {
         Self(self.0 & !(PAGE_SIZE - 1))
     }
 
-    /// The index of the entry that translates this address in a table of 512 entries.
+    /// The index of the entry that translates this address in a shadow table, which has 512 entries in every mode.
     #[must_use]
     pub const fn index(self, level: Level) -> usize {
         (self.0 >> (PAGE_SHIFT + 9 * (level.0 as u32 - 1))) as usize & (ENTRIES - 1)
@@ -222,6 +215,8 @@ impl ErrorCode {
     pub const RSVD: Self = Self(8);
     /// The access was an instruction fetch.
     pub const F: Self = Self(16);
+    /// A protection key forbade it.
+    pub const PK: Self = Self(32);
     /// The access was made by the system, not by the instruction (KVM's own bit).
     pub const IMPLICIT: Self = Self(1 << 48);
 
@@ -293,14 +288,6 @@ impl AccessKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn canonical_addresses_have_equal_top_bits() {
-        assert!(Gva(0x7fff_ffff_ffff).is_canonical());
-        assert!(Gva(0xffff_8000_0000_0000).is_canonical());
-        assert!(!Gva(0x8000_0000_0000).is_canonical());
-        assert!(!Gva(0x8000_0000_0000_0000).is_canonical());
-    }
 
     #[test]
     fn indexes_and_rounding_follow_the_level() {

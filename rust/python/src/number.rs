@@ -19,3 +19,14 @@ pub(crate) fn word(object: &Bound<'_, PyAny>) -> PyResult<u64> {
 pub(crate) fn maybe_word(object: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
     if object.is_none() { Ok(None) } else { word(object).map(Some) }
 }
+
+/// An unsigned 128-bit number: a value of 16 bytes.
+pub(crate) fn wide_word(object: &Bound<'_, PyAny>) -> PyResult<u128> {
+    object.extract::<u128>().map_err(|error| {
+        if error.is_instance_of::<PyOverflowError>(object.py()) {
+            errors::refused(format!("{object} is out of range: values here are 0 to 2**128 - 1"))
+        } else {
+            error
+        }
+    })
+}

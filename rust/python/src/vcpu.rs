@@ -1,15 +1,16 @@
 //! One vCPU: each method is one instruction of the guest.
 
 use crate::errors;
-use crate::number::{maybe_word, word};
+use crate::number::{maybe_word, wide_word, word};
 use crate::vm::Vm;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use shadowkvm_core::counters::VcpuCounters;
 use shadowkvm_core::cpu::Registers;
-use shadowkvm_core::engine::Control;
+use shadowkvm_core::engine::{Control, Delivery};
 use shadowkvm_core::fault::insn::{Action, Insn, RmwKind};
 use shadowkvm_core::outcome::Outcome as CoreOutcome;
+use shadowkvm_core::types::Gva;
 
 /// What came of one operation: status, value, `error_code`, address.
 #[pyclass(frozen, eq, module = "shadowkvm._core")]
@@ -99,6 +100,15 @@ fn access(action: Action, gva: u64, size: u64, how: How) -> PyResult<Insn> {
 /// Elements of a REP that KVM emulates before it enters the guest again; a longer one is several calls.
 const MAX_REPEAT: u64 = 1024;
 
+/// A string instruction with a REP prefix.
+fn repeated(action: Action, gva: u64, size: u64, count: u64, user: bool, rip: Option<u64>) -> PyResult<Insn> {
+    let insn = access(action, gva, size, How { user, rip, length: 1, ac: false, implicit: false, delivery: false })?;
+    if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
+        return Err(errors::refused(format!("REP: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8")));
+    }
+    Ok(Insn { writes_tables: false, rep: true, repeat: count as u32, ..insn })
+}
+
 fn store_kind(kind: &str) -> PyResult<bool> {
     match kind {
         "mov" => Ok(true),
@@ -173,7 +183,7 @@ impl Vcpu {
         &self,
         py: Python<'_>,
         #[pyo3(from_py_with = word)] gva: u64,
-        #[pyo3(from_py_with = word)] value: u64,
+        #[pyo3(from_py_with = wide_word)] value: u128,
         #[pyo3(from_py_with = word)] size: u64,
         user: bool,
         kind: &str,
@@ -184,7 +194,13 @@ impl Vcpu {
         delivery: bool,
     ) -> PyResult<Outcome> {
         let insn = access(Action::Store, gva, size, How { user, rip, length, ac, implicit, delivery })?;
-        self.run(py, &Insn { value, writes_tables: store_kind(kind)?, ..insn })
+        if size <= 8 && value >> 64 != 0 {
+            return Err(errors::refused(format!(
+                "value {value:#x} has more than 64 bits: only a store of 16 bytes may"
+            )));
+        }
+        let (value, high) = (value as u64, (value >> 64) as u64);
+        self.run(py, &Insn { value, high, writes_tables: store_kind(kind)?, ..insn })
     }
 
     /// A read-modify-write: "or", "and", "xor", "add", "xchg" or "cmpxchg" with `operand`; `value` is what was there.
@@ -238,14 +254,23 @@ impl Vcpu {
         user: bool,
         #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
     ) -> PyResult<Outcome> {
-        let how = How { user, rip, length: 1, ac: false, implicit: false, delivery: false };
-        let insn = access(Action::Store, gva, size, how)?;
-        if !(1..=MAX_REPEAT).contains(&count) || size > 8 {
-            return Err(errors::refused(format!(
-                "rep_stos: count {count} must be 1 to {MAX_REPEAT} and size {size} at most 8"
-            )));
-        }
-        self.run(py, &Insn { value, writes_tables: false, rep: true, repeat: count as u32, ..insn })
+        self.run(py, &Insn { value, ..repeated(Action::Store, gva, size, count, user, rip)? })
+    }
+
+    /// REP MOVS: `count` elements (at most 1,024) of `size` bytes from `source` upwards to `gva` upwards.
+    #[pyo3(signature = (gva, source, count, size=8, user=false, *, rip=None))]
+    fn rep_movs(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = word)] source: u64,
+        #[pyo3(from_py_with = word)] count: u64,
+        #[pyo3(from_py_with = word)] size: u64,
+        user: bool,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
+        let insn = Insn { source: Gva(source), ..repeated(Action::Copy, gva, size, count, user, rip)? };
+        self.run(py, &insn)
     }
 
     /// MOV to CR0. A value that the CPU or the engine does not take is the guest's #GP.
@@ -303,6 +328,32 @@ impl Vcpu {
         self.control(py, Control::Invlpg(gva), rip)
     }
 
+    /// Delivery of an event as the CPU does it: gate, code segment, stack switch, frame.
+    ///
+    /// `idt`, `gdt`, `tss`: where the guest's tables are; `rsp`: the stack before; `user`: CPL 3 before it. A guest #PF
+    /// meanwhile takes the event's place or becomes #DF, and a second one there shuts the vCPU down. Returns an Outcome:
+    /// "done" with `error_code` = vector whose handler runs, `address` = the handler, `value` = stack pointer.
+    ///
+    /// `soft`: the instruction at `rip` raises it (INT3, INT n). KVM on hardware without next RIP decodes that again
+    /// whenever it puts the event in once more.
+    #[pyo3(signature = (vector, *, idt, gdt, rsp, tss=0, error_code=None, rip=0, user=false, soft=false))]
+    fn deliver(
+        &self,
+        py: Python<'_>,
+        vector: u8,
+        #[pyo3(from_py_with = word)] idt: u64,
+        #[pyo3(from_py_with = word)] gdt: u64,
+        #[pyo3(from_py_with = word)] rsp: u64,
+        #[pyo3(from_py_with = word)] tss: u64,
+        error_code: Option<u32>,
+        #[pyo3(from_py_with = word)] rip: u64,
+        user: bool,
+        soft: bool,
+    ) -> PyResult<Outcome> {
+        let event = Delivery { vector, error_code, rip, user, idt, gdt, tss, rsp, soft };
+        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.deliver(self.index, &event)))
+    }
+
     /// HLT: an exit, and the instruction is skipped.
     #[pyo3(signature = (rip=None))]
     fn hlt(&self, py: Python<'_>, #[pyo3(from_py_with = maybe_word)] rip: Option<u64>) -> PyResult<Outcome> {
@@ -315,8 +366,29 @@ impl Vcpu {
         self.control(py, Control::Io, rip)
     }
 
+    /// INVPCID of type 0 to 3 with its 16-byte descriptor (PCID, address) at guest virtual address `gva`.
+    #[pyo3(signature = (kind, gva, *, rip=None))]
+    fn invpcid(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = word)] kind: u64,
+        #[pyo3(from_py_with = word)] gva: u64,
+        #[pyo3(from_py_with = maybe_word)] rip: Option<u64>,
+    ) -> PyResult<Outcome> {
+        self.control(py, Control::Invpcid(kind, gva), rip)
+    }
+
+    /// WRPKRU: the rights of the 16 protection keys, two bits each. It does not exit.
+    fn set_pkru(&self, py: Python<'_>, #[pyo3(from_py_with = word)] value: u64) -> PyResult<()> {
+        let value =
+            u32::try_from(value).map_err(|_| errors::refused(format!("pkru {value:#x} has more than 32 bits")))?;
+        self.vm.try_borrow_mut(py)?.engine.set_pkru(self.index, value).map_err(errors::config)
+    }
+
     /// Sets control registers as user space does; those that are None stay.
-    #[pyo3(signature = (*, cr0=None, cr3=None, cr4=None, efer=None))]
+    ///
+    /// `cs_l`: whether the code segment is a 64-bit one; None: it is in long mode, as long as the mode does not change.
+    #[pyo3(signature = (*, cr0=None, cr3=None, cr4=None, efer=None, cs_l=None))]
     fn set_sregs(
         &self,
         py: Python<'_>,
@@ -324,16 +396,25 @@ impl Vcpu {
         #[pyo3(from_py_with = maybe_word)] cr3: Option<u64>,
         #[pyo3(from_py_with = maybe_word)] cr4: Option<u64>,
         #[pyo3(from_py_with = maybe_word)] efer: Option<u64>,
+        cs_l: Option<bool>,
     ) -> PyResult<()> {
         let mut vm = self.vm.try_borrow_mut(py)?;
         let old = vm.engine.vcpus()[self.index].regs;
-        let regs = Registers {
+        let mut regs = Registers {
             cr0: cr0.unwrap_or(old.cr0),
             cr3: cr3.unwrap_or(old.cr3),
             cr4: cr4.unwrap_or(old.cr4),
             efer: efer.unwrap_or(old.efer),
+            cs_l: old.cs_l,
         };
+        regs.cs_l = cs_l.unwrap_or(if regs.lma() == old.lma() { old.cs_l } else { regs.lma() });
         vm.engine.set_sregs(self.index, regs).map_err(errors::config)
+    }
+
+    /// CR2: the address of the guest's last #PF.
+    #[getter]
+    fn cr2(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.vm.try_borrow(py)?.engine.vcpus()[self.index].cr2)
     }
 
     /// The control registers.
@@ -344,6 +425,7 @@ impl Vcpu {
         for (name, value) in [("cr0", regs.cr0), ("cr3", regs.cr3), ("cr4", regs.cr4), ("efer", regs.efer)] {
             out.set_item(name, value)?;
         }
+        out.set_item("cs_l", u64::from(regs.cs_l))?;
         Ok(out)
     }
 

@@ -6,12 +6,13 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
+use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
-use shadowkvm_core::memory::HostState;
+use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
 use shadowkvm_core::policy::{POLICIES, builtin};
-use shadowkvm_core::types::Gpa;
+use shadowkvm_core::types::{Gpa, PageId};
 
 /// What a run came to, as a tuple: see `_core.pyi`.
 type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, pyo3::types::PyBytes>>);
@@ -28,12 +29,13 @@ fn host_state(name: &str) -> PyResult<HostState> {
     Ok(match name {
         "absent" => HostState::Absent,
         "zero" => HostState::Zero,
+        "shared" => HostState::Shared,
         "writable" => HostState::Writable,
         "huge-2m" => HostState::Huge2m,
         "huge-1g" => HostState::Huge1g,
         _ => {
             return Err(errors::refused(format!(
-                "host page state {name:?} is not known; choose absent, zero, writable, huge-2m or huge-1g"
+                "host page state {name:?} is not known; choose absent, zero, shared, writable, huge-2m or huge-1g"
             )));
         }
     })
@@ -45,7 +47,7 @@ const MAX_READ: usize = 1 << 32;
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false))]
+    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![]))]
     fn new(
         memory: u64,
         vcpus: usize,
@@ -53,8 +55,12 @@ impl Vm {
         profile: &str,
         event_mask: u32,
         nx_huge_pages: bool,
+        features: Vec<(String, String)>,
     ) -> PyResult<Self> {
-        let cpu = CpuFeatures::named(profile).map_err(errors::config)?;
+        let mut cpu = CpuFeatures::named(profile).map_err(errors::config)?;
+        for (name, value) in features {
+            cpu = cpu.with(&name, &value).map_err(errors::config)?;
+        }
         let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let policy = builtin(policy)
             .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
@@ -94,6 +100,39 @@ impl Vm {
         self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)
     }
 
+    fn move_slot(&mut self, slot: u16, gpa: u64) -> PyResult<()> {
+        self.engine.move_slot(slot, Gpa(gpa)).map_err(errors::config)
+    }
+
+    fn set_manual_dirty_log(&mut self, enabled: bool, initially_set: bool) -> PyResult<()> {
+        self.engine.set_manual_dirty(ManualDirty { enabled, initially_set }).map_err(errors::config)
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the list over by value")]
+    fn clear_dirty_log(&mut self, slot: u16, frames: Vec<u64>) -> PyResult<()> {
+        self.engine.clear_dirty_log(slot, &frames).map_err(errors::config)
+    }
+
+    fn notifier_change(&mut self, gpa: u64, size: u64) -> PyResult<()> {
+        self.engine.notifier_change(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn notifier_age(&mut self, gpa: u64, size: u64, flush: bool) -> PyResult<bool> {
+        self.engine.notifier_age(Gpa(gpa), size, flush).map_err(errors::config)
+    }
+
+    fn notifier_test_young(&self, gpa: u64, size: u64) -> PyResult<bool> {
+        self.engine.notifier_test_young(Gpa(gpa), size).map_err(errors::config)
+    }
+
+    fn set_nx_huge_pages(&mut self, enabled: bool) {
+        self.engine.set_nx_huge_pages(enabled);
+    }
+
+    fn recover_nx_huge_pages(&mut self) -> u64 {
+        self.engine.recover_nx_huge_pages()
+    }
+
     fn set_page_quota(&mut self, n: u64) -> PyResult<()> {
         self.engine.set_page_quota(n).map_err(errors::config)
     }
@@ -103,11 +142,16 @@ impl Vm {
         self.engine.write_memory(Gpa(gpa), &data.to_vec(py)?).map_err(errors::memory)
     }
 
-    fn read_memory(&self, gpa: u64, size: usize) -> PyResult<Vec<u8>> {
+    #[pyo3(signature = (gpa, size, touch=false))]
+    fn read_memory(&mut self, gpa: u64, size: usize, touch: bool) -> PyResult<Vec<u8>> {
         if size > MAX_READ {
             return Err(errors::refused(format!("read_memory: size {size} is above the limit of {MAX_READ} bytes")));
         }
-        self.engine.read_memory(Gpa(gpa), size).map_err(errors::memory)
+        let bytes = self.engine.read_memory(Gpa(gpa), size).map_err(errors::memory)?;
+        if touch {
+            self.engine.touch(Gpa(gpa), size).map_err(errors::memory)?;
+        }
+        Ok(bytes)
     }
 
     fn set_host_pages(&mut self, gpa: u64, size: u64, state: &str) -> PyResult<()> {
@@ -217,10 +261,17 @@ impl Vm {
         arena.live().into_iter().map(page).collect()
     }
 
-    /// For each vCPU the page of its current root and of its previous ones, -1 for none.
-    fn roots(&self) -> Vec<(i64, Vec<i64>)> {
-        let number = |root: &shadowkvm_core::cpu::Root| root.page.map_or(-1, |id| i64::from(id.0));
-        self.engine.vcpus().iter().map(|v| (number(&v.root), v.prev_roots.iter().map(number).collect())).collect()
+    /// For each vCPU the pages of its current root (none, one, or the four of a PAE root) and the page of each of its
+    /// previous ones; -1 for none.
+    fn roots(&self) -> Vec<(Vec<i64>, Vec<i64>)> {
+        let number = |id: Option<PageId>| id.map_or(-1, |id| i64::from(id.0));
+        let current = |root: &Root| match root.top {
+            Top::None => Vec::new(),
+            Top::Page(id) => vec![i64::from(id.0)],
+            Top::Pae(pages) => pages.into_iter().map(number).collect(),
+        };
+        let previous = |roots: &[Root]| roots.iter().map(|root| number(root.page())).collect();
+        self.engine.vcpus().iter().map(|v| (current(&v.root), previous(&v.prev_roots))).collect()
     }
 }
 

@@ -68,8 +68,29 @@ ACCESS: dict[str, str] = {
     "mov %rbx,%r10": "r10 rbx",
     "mov $0x206000,%rsp": "rsp 206000",
 }
+# The program of 32-bit, PAE and unpaged guests; the registers keep their 64-bit names.
+ACCESS32: dict[str, str] = {
+    "mov (%esi),%eax": "load 4 rsi 0",
+    "mov 0x8(%esi),%ebx": "load 4 rsi 8",
+    "mov 0x10(%esi),%edx": "load 4 rsi 16",
+    "mov 0x14(%esi),%edx": "load 4 rsi 20",
+    "mov (%ebx),%ecx": "load 4 rbx 0",
+    "mov %edx,(%ebx)": "store 4 rbx mov",
+    "mov %edx,0x4(%ebx)": "store 4 rbx high",
+    "mov %dx,(%ebx)": "store 2 rbx mov",
+    "mov %dl,(%ebx)": "store 1 rbx mov",
+    "call *%ebx": "call",
+    "invlpg (%ebx)": "invlpg",
+    "mov %ebx,%cr0": "cr0",
+    "mov %ebx,%cr3": "cr3",
+    "mov %ebx,%cr4": "cr4",
+    "out %al,$0x80": "io",
+    "hlt": "hlt",
+    "mov $0x206000,%esp": "rsp 206000",
+}
+TABLE_JUMP32 = re.compile(r"jmp \*0x[0-9a-f]+\(,%eax,4\)")
 PLAIN = re.compile(
-    r"^(mov \$0x210000,%rsi|add \$0x20,%rsi|jmp [0-9a-f]+|mov %\w+,%\w+|mov \$0xc0000080,%ecx|xor .*|inc %r15)$"
+    r"^(mov \$0x210000,%[re]si|add \$0x20,%[re]si|jmp [0-9a-f]+|mov %\w+,%\w+|mov \$0xc0000080,%ecx|xor .*|inc %r15)$"
 )
 # Blocks that no recorded one-vCPU run enters.
 UNUSED = {"invp", "spin"}
@@ -96,24 +117,30 @@ def _blocks(listing: str, names: dict[int, str]) -> Listing:
             continue
         label = names.get(rip, label)
         text = re.sub(r"\s+", " ", text.split("#")[0].split("<")[0]).strip().replace("%es:", "")
-        if label in UNUSED or text.startswith(("nop", "add %al,(%rax)", "add %cl,", "cs nop")):
+        if label in UNUSED or text.startswith(("nop", "lea 0x0(%esi", "add %al,(%rax)", "add %cl,", "cs nop")):
             continue
-        access = ACCESS.get(text, "plain" if PLAIN.match(text) else "")
+        access = {**ACCESS, **ACCESS32}.get(text, "plain" if PLAIN.match(text) else "")
+        if TABLE_JUMP32.match(text):
+            access = "load 4 table 0"
         if not access:
             raise SystemExit(f"no access known for {text!r} at {rip:x}")
         blocks.setdefault(label, []).append((rip, length, text, access))
     return blocks
 
 
-def assemble(source: Path, base: int, names: dict[int, str]) -> tuple[bytes, Listing]:
+def assemble(source: Path, base: int, names: dict[int, str], *, bits: int = 64) -> tuple[bytes, Listing]:
     """The bytes of `source` linked at `base`, and its instructions by label (`names` adds labels the source lacks)."""
     with tempfile.TemporaryDirectory() as folder:
         obj, elf, raw = (str(Path(folder) / name) for name in ("a.o", "a.elf", "a.bin"))
-        _run("as", "--64", "-o", obj, str(source))
-        _run("ld", "-e", "0", f"-Ttext={base:#x}", "-o", elf, obj)
+        _run("as", f"--{bits}", "-o", obj, str(source))
+        _run("ld", "-m", {64: "elf_x86_64", 32: "elf_i386"}[bits], "-e", "0", f"-Ttext={base:#x}", "-o", elf, obj)
         _run("objcopy", "-O", "binary", "-j", ".text", elf, raw)
-        # The jump table at 20..107 is data; disassembling around it keeps the rest in step.
-        if base == CODE_BASE:
+        # The jump table is data; disassembling around it keeps the rest in step.
+        if bits == 32:
+            symbols = {name: int(at, 16) for at, _, name in map(str.split, _run("nm", elf).splitlines())}
+            text = _run("objdump", "-d", f"--stop-address={symbols['tbl']:#x}", elf)
+            text += _run("objdump", "-d", f"--start-address={symbols['adv']:#x}", elf)
+        elif base == CODE_BASE:
             text = _run("objdump", "-d", f"--stop-address={base + 0x1D:#x}", elf)
             text += _run("objdump", "-d", f"--start-address={base + 0x108:#x}", elf)
         else:

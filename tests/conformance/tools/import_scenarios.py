@@ -3,8 +3,8 @@
     python -m tests.conformance.tools.import_scenarios scenarios.txt.xz HARNESS_DIR [-o OUT.json.xz]
 
 `scenarios.txt.xz`: blocks of `=== SPEC`, `INIT:`, `OPS:`, `=== SCEN`, `END`, event lines, `SPT` and `STAT`, as the
-recording harness printed them. HARNESS_DIR holds the guest program (guest64.S, ustub.S); it is assembled here, with
-binutils, so that the suite itself needs no assembler. The output is described in tests/conformance/corpus.py.
+recording harness printed them. HARNESS_DIR holds the guest programs (guest64.S, ustub.S, guest32.S); they are
+assembled here, with binutils, so that the suite itself needs no assembler. The output is described in tests/conformance/corpus.py.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def main() -> None:
     code, blocks = assemble(args.harness / "guest64.S", CODE_BASE, {})
     user_names = {USER_BASE: "user_read", USER_BASE + 16: "user_write"}
     user, user_blocks = assemble(args.harness / "ustub.S", USER_BASE, user_names)
+    code32, blocks32 = assemble(args.harness / "guest32.S", CODE_BASE, {}, bits=32)
     text = lzma.decompress(args.recording.read_bytes()).decode("utf-8")
     scenarios = [parse_block(block, names) for block in re.split(r"(?m)^=== SPEC ", text)[1:]]
     for scenario in scenarios:
@@ -201,6 +202,7 @@ def main() -> None:
         "schema": 1,
         "made": "Linux 6.1.0-56 (Debian), kvm-amd npt=0 in QEMU 7.2 TCG, -cpu EPYC,+svm; run twice, counters equal",
         "guest": {"code": code.hex(), "user": user.hex(), "blocks": blocks | user_blocks},
+        "guest32": {"code": code32.hex(), "blocks": blocks32},
         "not_in_corpus": sorted(set(names) - {scenario["id"] for scenario in scenarios}),
         "scenarios": scenarios,
     }

@@ -1,8 +1,7 @@
-"""Random cases: seeded guests that edit their own page tables in every way that has a rule."""
+"""Seeded random cases."""
 
 from __future__ import annotations
 
-from shadowkvm.kvm.generate.steps import generate
-from shadowkvm.kvm.generate.themes import THEMES
+from shadowkvm.kvm.generate.steps import GROUPS, THEMES, generate
 
-__all__ = ["THEMES", "generate"]
+__all__ = ["GROUPS", "THEMES", "generate"]

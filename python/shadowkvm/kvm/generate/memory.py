@@ -1,4 +1,4 @@
-"""What the generator believes about the guest: its memory, where an address leads, which writes cut off the stubs.
+"""What the generator believes of the guest's memory, and which writes cut off the stubs.
 
 It knows nothing of shadow paging: stale translations make it wrong now and then, which costs a page fault or a
 shortened case, never correctness.
@@ -6,22 +6,10 @@ shortened case, never correctness.
 
 from __future__ import annotations
 
-P, W, U, PWT, PCD, A, D, PS, G, NX = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1 << 63)
-FULL = P | W | U | A | D
-ADDR = (1 << 40) - 1 & ~0xFFF  # the guest's MAXPHYADDR is 40
+from shadowkvm.kvm.generate.formats import ADDR, CR4_PSE, FULL, PS, A, D, Format, G, P, U, W
+
 RT, USER = 7, 8  # gfns of the stub pages
 READONLY = 2  # flag of a memslot
-SYSCALL_INDEX, SYSCALL = 30, 0x050F  # every page holds a syscall there: a target for instruction fetches
-
-
-def canonical(va: int) -> int:
-    """The address with bits 48 to 63 like bit 47."""
-    return va | 0xFFFF << 48 if va >> 47 & 1 else va
-
-
-def compose(i4: int, i3: int, i2: int, i1: int, offset: int = 0) -> int:
-    """The address that these indices lead to."""
-    return canonical(i4 << 39 | i3 << 30 | i2 << 21 | i1 << 12 | offset)
 
 
 class Memory:
@@ -30,15 +18,34 @@ class Memory:
     def __init__(self) -> None:
         self.pages: dict[int, dict[int, int]] = {}
         self.slots: dict[int, tuple[int, int, int]] = {}  # id -> (first gfn, gfns, flags)
-        self.stub: dict[int, int] = {}  # gfn -> level of the tables on the way to the stub pages
+        self.moved: dict[int, int] = {}  # id -> gfn at which a slot's memory was when it came
+        self.stub: dict[tuple[str | int, int], set[int]] = {}  # (what kind, level) -> tables on the way to the stubs
+        self.guarded: dict[int, tuple[Format, int, int]] = {}  # address of an entry -> format, level, index
+
+    def host(self, gfn: int) -> int:
+        """The host's name for a page: its gfn, but that of before if its slot has moved."""
+        for slot, home in self.moved.items():
+            first, n, _ = self.slots.get(slot, (0, 0, 0))
+            if first <= gfn < first + n:
+                return home + gfn - first
+        return gfn
 
     def get(self, gfn: int, index: int) -> int:
         """The qword there."""
-        return self.pages.get(gfn, {}).get(index, 0)
+        return self.pages.get(self.host(gfn), {}).get(index, 0)
 
     def set(self, gfn: int, index: int, value: int) -> None:
         """Make it that."""
-        self.pages.setdefault(gfn, {})[index] = value
+        self.pages.setdefault(self.host(gfn), {})[index] = value
+
+    def entry(self, gpa: int, size: int) -> int:
+        """The entry of `size` bytes at an address."""
+        qword = self.get(gpa >> 12, gpa >> 3 & 511)
+        return qword if size == 8 else qword >> 8 * (gpa & 4) & 0xFFFFFFFF
+
+    def set_entry(self, gpa: int, size: int, value: int) -> None:
+        """Make it that."""
+        self.put(gpa, value.to_bytes(size, "little"))
 
     def backed(self, gfn: int) -> bool:
         """Is there a memslot?"""
@@ -62,87 +69,57 @@ class Memory:
             gfn, index, shift = (gpa + i) >> 12, (gpa + i) >> 3 & 511, (gpa + i & 7) * 8
             self.set(gfn, index, self.get(gfn, index) & ~(0xFF << shift) | b << shift)
 
-    def protected(self, gfn: int, index: int) -> bool:
-        """Does the way to the stub pages lead through this entry?"""
-        level = self.stub.get(gfn)
-        return gfn in (RT, USER) or (level is not None and (index in (7, 8) if level == 1 else index == 0))
+    # ---- the way to the stub pages
 
-    def keeps_stub(self, gfn: int, index: int, value: int) -> bool:
-        """May this entry get this value without cutting off the stub pages?"""
-        level = self.stub.get(gfn)
-        if gfn in (RT, USER) or level is None:
-            return gfn not in (RT, USER)
-        if not self.protected(gfn, index):
-            return True
-        target = (value & ADDR) >> 12
+    @staticmethod
+    def _kind(form: Format, level: int) -> tuple[str | int, int]:
+        """Tables of the two lowest levels serve PAE and 64-bit alike."""
+        return (form.entry if level <= 2 else form.name, level)
+
+    def guard(self, form: Format, level: int, table: int) -> None:
+        """This table is on the way to the stub pages."""
+        self.stub.setdefault(self._kind(form, level), set()).add(table)
+        for i in (RT, USER) if level == 1 else (0,):
+            self.guarded[table + i * form.entry] = (form, level, i)
+
+    def on_the_way(self, form: Format, level: int) -> list[int]:
+        """The tables of this level on the way to the stub pages."""
+        return sorted(self.stub.get(self._kind(form, level), ()))
+
+    def is_stub_table(self, gfn: int) -> bool:
+        """Does the way to the stub pages lead through this page?"""
+        return any(t >> 12 == gfn for tables in self.stub.values() for t in tables)
+
+    def protected(self, gpa: int) -> bool:
+        """Does the way to the stub pages lead through the entry at this address?"""
+        return gpa >> 12 in (RT, USER) or gpa in self.guarded
+
+    def keeps_stub(self, gpa: int, value: int) -> bool:
+        """May the entry at this address get this value without cutting off the stub pages?"""
+        if gpa >> 12 in (RT, USER) or gpa not in self.guarded:
+            return gpa >> 12 not in (RT, USER)
+        form, level, index = self.guarded[gpa]
+        if form.reserved(level, value, large=False, nx=False) or form.is_large(level, value, CR4_PSE):
+            return False
+        target = form.page(1, value, 0) & ADDR
         if level == 1:
-            return (
-                target == index
-                and value & FULL == (FULL if index == USER else FULL & ~U)
-                and not value >> 40
-                and not value & PS
-            )
-        return self.stub.get(target) == level - 1 and value & FULL == FULL and not value >> 40 and not value & (PS | G)
+            rights = FULL if index == USER else FULL & ~U
+            return target == index << 12 and value & FULL == rights and not value & PS
+        wanted = P if form.is_pdpt(level) else P | W | U | A | D
+        return target in self.stub[self._kind(form, level - 1)] and value & FULL == wanted and not value & (PS | G)
 
     def safe(self, gpa: int, data: bytes) -> bool:
         """May these bytes be stored there?"""
-        old = {}
-        for q in range(gpa >> 3, (gpa + len(data) - 1 >> 3) + 1):
-            old[q >> 9, q & 511] = self.get(q >> 9, q & 511)
-        self.put(gpa, data)
-        new = {k: self.get(*k) for k in old}
-        for k, v in old.items():
-            self.set(*k, v)
-        return all(self.keeps_stub(*k, v) for k, v in new.items())
-
-
-class Cpu:
-    """A vCPU's registers, and where an address leads under them."""
-
-    def __init__(self, cr3: int, cr0: int, cr4: int, efer: int) -> None:
-        self.cr3, self.cr0, self.cr4, self.efer = cr3, cr0, cr4, efer
-
-    def walk(self, mem: Memory, va: int) -> tuple[int, int, list[tuple[int, int]]] | None:
-        """(gpa, rights P|W|U|NX, path) or None when the guest's tables do not lead anywhere."""
-        gfn, rights, path = (self.cr3 & ADDR) >> 12, P | W | U, []
-        for level in (4, 3, 2, 1):
-            index = va >> 12 + 9 * (level - 1) & 511
-            entry = mem.get(gfn, index)
-            if (
-                not mem.backed(gfn)
-                or not entry & P
-                or entry >> 40 & 0xFFF
-                or (entry & NX and not self.efer & 0x800)
-                or (level == 4 and entry & (PS | G))
-            ):
-                return None
-            path.append((gfn, index))
-            rights = rights & (entry | ~(W | U)) | entry & NX
-            if level == 1 or (entry & PS and level < 4):
-                low = (1 << 12 + 9 * (level - 1)) - 1
-                return None if entry & ADDR & low & ~0x1FFF else ((entry & ADDR & ~low) | va & low, rights, path)
-            gfn = (entry & ADDR) >> 12
-        return None
-
-    def allows(self, rights: int, *, write: bool, user: bool, fetch: bool = False) -> bool:
-        """Do these rights permit the access?"""
-        if (
-            (user and not rights & U)
-            or (fetch and rights & NX)
-            or (write and not rights & W and (user or self.cr0 & 1 << 16))
-        ):
+        first, last = gpa & ~7, gpa + len(data) - 1
+        if first >> 12 in (RT, USER) or last >> 12 in (RT, USER):
             return False
-        return user or not rights & U or not self.cr4 >> (20 if fetch else 21) & 1
-
-    def access(self, mem: Memory, va: int, *, write: bool, user: bool, fetch: bool = False) -> int | None:
-        """The gpa if the access is allowed, with A and D set on the way; else None."""
-        hit = self.walk(mem, va)
-        if hit is None or not self.allows(hit[1], write=write, user=user, fetch=fetch):
-            return None
-        gpa, _, path = hit
-        for gfn, index in path:
-            if mem.writable(gfn):
-                mem.set(gfn, index, mem.get(gfn, index) | A)
-        if write and mem.writable(path[-1][0]):
-            mem.set(*path[-1], mem.get(*path[-1]) | D)
-        return gpa
+        hit = [at for at in range(first, last + 1, 4) if at in self.guarded]
+        if not hit:
+            return True
+        end = last | 7
+        image = bytearray(self.load(first, end + 1 - first))
+        image[gpa - first : gpa - first + len(data)] = data
+        return all(
+            self.keeps_stub(at, int.from_bytes(image[at - first : at - first + self.guarded[at][0].entry], "little"))
+            for at in hit
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["STEPS", "THEMES"]
+__all__ = ["GROUPS", "STEPS", "THEMES", "Theme"]
 
 STEPS: Final[dict[str, float]] = {
     "access": 30,
@@ -27,10 +28,27 @@ STEPS: Final[dict[str, float]] = {
     "slots": 0,
     "quota": 0.2,
     "rom": 0,
+    **dict.fromkeys(("pdpt", "paging", "sregs", "move", "clear", "look", "idt", "stack", "int3", "run"), 0.0),
 }
 """How often each kind of step is taken, before the case's theme and its dice."""
 
-THEMES: Final[dict[str, dict[str, float]]] = {
+
+@dataclass(frozen=True)
+class Theme:
+    """What a case is about."""
+
+    group: str
+    """One of `GROUPS`."""
+    about: str
+    weights: dict[str, float]
+    """The steps that it takes more often."""
+    guests: tuple[str, ...]
+    """The paging that the guest may run with, each a key of `PAGING`; one is drawn."""
+    vcpus: int = 0
+    """How many; 0: drawn."""
+
+
+ABOUT: Final[dict[str, dict[str, float]]] = {
     "everything": {"dirty": 1, "unmap": 1, "slots": 0.6, "quota": 0.6, "host": 2},
     "unsync": {"edit": 60, "alias_edit": 15, "cr3": 12, "invlpg": 10, "switch": 5},
     "flood": {"flood": 20, "reuse": 4, "edit": 30},
@@ -50,4 +68,50 @@ THEMES: Final[dict[str, dict[str, float]]] = {
     "devices": {"mmio": 20, "rom": 10, "edit": 15, "slots": 0.5, "cross": 4},
     "partial": {"edit": 45, "cross": 12, "flood": 5, "alias_edit": 15},
 }
-"""What a theme takes more often; a seed's theme is its remainder."""
+MORE: Final[dict[str, dict[str, dict[str, float]]]] = {
+    "64-bit": {},
+    "PAE": {"pdpt": {"pdpt": 15, "cr3": 10, "crs": 4}, "nx": {"crs": 10, "access": 50}},
+    "two-level": {
+        "pse": {"crs": 10, "access": 40, "edit": 30},
+        "quadrants": {"edit": 40, "alias_edit": 10, "flood": 6},
+    },
+    "off": {"switching": {"paging": 15, "edit": 20}, "wp": {"crs": 12, "paging": 8}},
+}
+ALWAYS: Final[dict[str, dict[str, float]]] = {"64-bit": {}, "PAE": {"pdpt": 2}, "two-level": {}, "off": {"paging": 4}}
+"""Steps that every theme of a guest takes."""
+SHARED: Final = ("everything", "unsync", "flood", "user", "roots", "control", "dirty", "quota", "self", "partial")
+"""What cases with several vCPUs are about."""
+HOST: Final[dict[str, dict[str, float]]] = {
+    "registers": {"sregs": 15, "edit": 30, "cr3": 8},
+    "move": {"move": 4, "slots": 1, "mmio": 6},
+    "clear": {"dirty": 5, "clear": 8, "access": 50},
+    "pages": {"unmap": 8, "look": 8, "host": 4, "access": 40},
+    "quota": {"quota": 6, "tour": 12, "scan": 4, "switch": 8},
+    "delivery": {"idt": 6, "stack": 6, "int3": 6, "dirty": 2, "access": 40},
+    "code": {"run": 15, "int3": 3, "edit": 30, "dirty": 1},
+    "memory": {"move": 2, "slots": 2, "unmap": 3, "look": 2, "dirty": 2, "clear": 2, "rom": 6, "sregs": 2, "quota": 1},
+}
+"""What cases of the host's actions are about."""
+PAGING: Final = ("64-bit", "PAE", "two-level", "off", "switched")
+"""Of a guest: "off" starts often without paging, "switched" is a guest whose mode the host changes."""
+
+
+def _themes() -> dict[str, Theme]:
+    out = {}
+    for guest, more in MORE.items():
+        for about, weights in {**ABOUT, **more}.items():
+            name = about if guest == "64-bit" else f"{guest} {about}"
+            out[name] = Theme(guest, about, {**ALWAYS[guest], **weights}, (guest,))
+    for guest in MORE:
+        for about in SHARED:
+            weights = {**ALWAYS[guest], **ABOUT[about]}
+            out[f"vcpus {guest} {about}"] = Theme("vcpus", about, weights, (guest,), 2)
+    for about, weights in HOST.items():
+        guests = ("switched",) if about == "registers" else PAGING
+        out[f"host {about}"] = Theme("host", about, weights, guests)
+    return out
+
+
+THEMES: Final = _themes()
+"""By the name that a case bears. A seed's theme is its remainder among those of its group."""
+GROUPS: Final = ("64-bit", "PAE", "two-level", "off", "vcpus", "host")

@@ -1,5 +1,5 @@
 // Replays one case (registers, slots, memory image, ops) through KVM and prints, for every op, its outcome and which KVM statistics it moved.
-// Layout of the guest's two pages: guest.S. Layout of the input: struct head, slots, pages, ops (wire.py writes it and reads the output).
+// Layout of the guest's two pages: stubs.inc. Layout of the input: struct head, slots, pages, ops (wire.py writes it and reads the output).
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -15,7 +15,7 @@
 
 #define CHECK(x) ({ long r_ = (x); if (r_ < 0) fail(#x); r_; })
 #define RT 0x7000ull
-#define MAGIC 0x334b4853ull
+#define MAGIC 0x344b4853ull
 #define MAX_MMIO 24 // more MMIO exits than this in one op: a guest that repeats for ever
 #define MAX_STATS 128
 #define HUGE (2ull << 20)
@@ -23,11 +23,17 @@
 // The reader of this program's output looks for "ERROR " and for "DONE".
 static void fail(const char *what) { printf("ERROR %s%s%s\n", what, errno ? ": " : "", errno ? strerror(errno) : ""); exit(1); }
 
-struct head { uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, pf_entry, gp_entry, sysret, huge, huge_end, phys_bits; };
+// Where things are in the code of one mode (64-bit, 32-bit): HLTs at the ends of runs, the way to CPL 3, tables.
+struct mode { uint64_t back, pf, gp, df, bp, user, idt, idt_limit, tss, idtr, cs; };
+struct head {
+	uint64_t magic, memory, backing, cr0, cr3, cr4, efer, vcpus, slots, pages, ops, huge, huge_end, phys_bits, manual, gdt, gdt_limit;
+	struct mode mode[2];
+};
 struct slot { uint64_t id, gpa, size, flags; };
-struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end; uint64_t addr, value, expected; };
-enum { GUEST, FETCH, READ, WRMSR, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA };
-enum { DONE, PAGE_FAULT, MMIO, GP, STOPPED };
+struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end, flags, length; uint64_t addr, value, expected; };
+enum { GUEST, FETCH, READ, WRMSR, WIDE, RUN, INT3, LIDT, SSE, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
+enum { DONE, PAGE_FAULT, MMIO, GP, STOPPED, DOUBLE_FAULT, SHUTDOWN };
+#define AC 2 // op.flags
 
 struct stat_def { char name[64]; uint64_t off; };
 struct stats { struct stat_def def[MAX_STATS]; int n; };
@@ -35,7 +41,8 @@ struct result { int status, mmios; uint64_t err, value, addr; struct { uint64_t 
 
 static struct head head;
 static uint8_t *ram;
-static int kvm, vm, vcpu[8], vmstat, vcstat[8];
+static int kvm, vm, vcpu[8], vmstat, vcstat[8], dead[8];
+static uint64_t stack[8], home[256]; // top of the supervisor stack; where a slot's memory is
 static struct kvm_run *run[8];
 static struct stats vmdef, vcdef;
 static volatile int timed_out;
@@ -83,11 +90,14 @@ static void put(const char *path, const char *text)
 	if (f >= 0) close(f);
 }
 
+// A slot's memory is that at its first address; it stays when the slot moves.
 static void set_slot(int id, uint64_t gpa, uint64_t size, uint32_t flags)
 {
-	struct kvm_userspace_memory_region r = { id, flags, gpa, size, (uintptr_t)ram + gpa };
+	struct kvm_userspace_memory_region r = { id, flags, gpa, size, (uintptr_t)ram + home[id] };
 	CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r));
 }
+
+static void add_slot(int id, uint64_t gpa, uint64_t size, uint32_t flags) { home[id] = gpa; set_slot(id, gpa, size, flags); }
 
 static void set_msr(int fd, uint32_t index, uint64_t value)
 {
@@ -97,7 +107,7 @@ static void set_msr(int fd, uint32_t index, uint64_t value)
 
 static struct kvm_segment segment(int selector, int type, int l)
 {
-	return (struct kvm_segment){ .limit = 0xffffffff, .selector = selector, .type = type, .present = 1, .s = 1, .l = l, .db = !l, .g = 1 };
+	return (struct kvm_segment){ .limit = 0xffffffff, .selector = selector, .type = type, .present = 1, .s = 1, .l = l, .db = !l, .g = 1, .dpl = selector & 3 };
 }
 
 static void read_exact(void *p, size_t n, FILE *f) { if (fread(p, 1, n, f) != n) fail("the case is cut short"); }
@@ -126,7 +136,7 @@ static void load_memory(FILE *f)
 	for (uint64_t i = 0; i < head.slots; i++) {
 		struct slot s;
 		read_exact(&s, sizeof s, f);
-		set_slot(s.id, s.gpa, s.size, s.flags);
+		add_slot(s.id, s.gpa, s.size, s.flags);
 	}
 	for (uint64_t i = 0; i < head.pages; i++) {
 		uint64_t gpa;
@@ -136,46 +146,86 @@ static void load_memory(FILE *f)
 	for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
 }
 
+static const struct mode *mode_of(uint64_t efer) { return &head.mode[!(efer & 1 << 10)]; }
+
+// Control registers, and with them the segments and the IDT of the mode.
+static void set_sregs(int c, uint64_t cr0, uint64_t cr3, uint64_t cr4, uint64_t efer)
+{
+	const struct mode *m = mode_of(efer);
+	int wide = m == head.mode;
+	struct kvm_sregs r;
+	CHECK(ioctl(vcpu[c], KVM_GET_SREGS, &r));
+	r.cr0 = cr0; r.cr3 = cr3; r.cr4 = cr4; r.efer = efer;
+	r.cs = segment(m->cs, 11, wide);
+	r.ss = segment(0x10, 3, 0);
+	r.ds = r.es = r.fs = r.gs = segment(0x1b, 3, 0); // IRET to CPL 3 keeps those that CPL 3 may use
+	r.gdt.base = head.gdt; r.gdt.limit = head.gdt_limit;
+	r.idt.base = m->idt; r.idt.limit = m->idt_limit;
+	r.tr = (struct kvm_segment){ .base = m->tss, .limit = 0x67, .selector = 0x28, .type = wide ? 11 : 9, .present = 1 }; // TCG aborts on a busy 32-bit TSS
+	CHECK(ioctl(vcpu[c], KVM_SET_SREGS, &r));
+	if (dead[c]) { // forget what was being delivered
+		struct kvm_vcpu_events none = { 0 };
+		CHECK(ioctl(vcpu[c], KVM_SET_VCPU_EVENTS, &none));
+		dead[c] = 0;
+	}
+	struct kvm_mp_state runnable = { KVM_MP_STATE_RUNNABLE };
+	ioctl(vcpu[c], KVM_SET_MP_STATE, &runnable);
+}
+
 static void make_vcpu(unsigned c, const void *cpuid)
 {
 	vcpu[c] = CHECK(ioctl(vm, KVM_CREATE_VCPU, c));
 	run[c] = mmap(0, CHECK(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0)), PROT_READ | PROT_WRITE, MAP_SHARED, vcpu[c], 0);
 	CHECK(ioctl(vcpu[c], KVM_SET_CPUID2, cpuid));
 	vcstat[c] = load_stats(vcpu[c], &vcdef);
-	struct kvm_sregs r;
-	CHECK(ioctl(vcpu[c], KVM_GET_SREGS, &r));
-	r.cr0 = head.cr0; r.cr3 = head.cr3; r.cr4 = head.cr4; r.efer = head.efer;
-	r.cs = segment(8, 11, 1);
-	r.ds = r.es = r.fs = r.gs = r.ss = segment(16, 3, 0);
-	r.gdt.base = RT + 0x800; r.gdt.limit = 0x27;
-	r.idt.base = RT + 0x900; r.idt.limit = 16 * 16 - 1;
-	r.tr = (struct kvm_segment){ .base = RT + 0xa00, .limit = 0x67, .selector = 0x28, .type = 11, .present = 1 };
-	CHECK(ioctl(vcpu[c], KVM_SET_SREGS, &r));
-	struct kvm_mp_state runnable = { KVM_MP_STATE_RUNNABLE };
-	ioctl(vcpu[c], KVM_SET_MP_STATE, &runnable);
+	stack[c] = RT + 0xfe0;
+	set_sregs(c, head.cr0, head.cr3, head.cr4, head.efer);
 	set_msr(vcpu[c], 0xc0000081, 8ull << 32 | 0x10ull << 48); // STAR
-	set_msr(vcpu[c], 0xc0000082, RT);                         // LSTAR: the hlt at RT
+	set_msr(vcpu[c], 0xc0000082, head.mode[0].back);          // LSTAR
 	set_msr(vcpu[c], 0xc0000084, 0);
 }
 
 // Was the way out the expected one? If not, the guest ran something that is not its stub (a stale or damaged page) and the case is worthless from here on.
-static int tame(const struct op *o, const struct kvm_regs *g, uint64_t cr2)
+static int tame(const struct op *o, const struct mode *m, const struct kvm_regs *g, uint64_t cr2)
 {
-	const uint64_t *top = (const void *)(ram + RT + (g->rsp & 0xff8));
-	if (g->rip == head.pf_entry + 1) return top[1] == o->rip || (o->op == FETCH && top[1] == o->addr && cr2 == o->addr);
-	if (g->rip == head.gp_entry + 1) return top[1] == o->rip;
-	if (o->op == FETCH) return g->rip == RT + 1 && g->rcx == o->addr + 2;
-	return o->cpl ? g->rip == RT + 1 && g->rcx == o->end + 2 : g->rip == o->end + 1;
+	int jump = o->op == FETCH || o->op == RUN;
+	uint64_t hlt = g->rip - 1, end = o->op == FETCH ? o->addr : o->op == RUN ? o->addr + o->length : o->end;
+	if (hlt == m->df) return 1;
+	if (hlt == m->bp) return o->op == INT3 && g->rcx == o->rip + 1;
+	if ((hlt == m->pf || hlt == m->gp) && jump) return g->rcx == o->rip || (g->rcx >= o->addr && g->rcx <= end) || (o->op == FETCH && cr2 == o->addr);
+	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip;
+	return jump || o->cpl ? hlt == m->back && g->rcx == end + 2 : hlt == o->end;
 }
 
-static void enter(const struct op *o, struct result *res)
+// Registers and, in guest memory, what the way to the instruction under test reads.
+static struct kvm_regs prepare(const struct op *o, const struct mode *m)
 {
-	int c = o->vcpu;
-	struct kvm_regs g = { .rflags = 2, .rsp = RT + 0xfe0, .rbx = o->addr, .rdi = o->addr, .rdx = o->value, .rax = o->expected, .r11 = 2, .rip = o->rip };
+	int wide = m == head.mode;
+	uint64_t rip = o->rip - o->arg, rsp0 = stack[o->vcpu] + 0x10; // a stub may have instructions before the one under test
+	struct kvm_regs g = { .rflags = 2 | (o->flags & AC ? 1 << 18 : 0), .rsp = stack[o->vcpu], .rbx = o->addr, .rdi = o->addr, .rsi = o->expected, .rdx = o->value, .rax = o->expected, .rip = rip };
 	if (o->op == WRMSR) { g.rcx = 0xc0000080; g.rax = (uint32_t)o->value; g.rdx = o->value >> 32; }
-	if (o->arg) g.rip -= o->arg; // a stub with an instruction before the one under test
-	if (o->cpl) { g.rcx = g.rip; g.rip = head.sysret; g.rsp = o->addr + 8; }
-	CHECK(ioctl(vcpu[c], KVM_SET_REGS, &g));
+	if (o->op == WIDE) { // CMPXCHG8B, CMPXCHG16B
+		int half = wide ? 0 : 32;
+		g.rbx = half ? (uint32_t)o->value : o->value; g.rcx = half ? o->value >> half : 0;
+		g.rax = half ? (uint32_t)o->expected : o->expected; g.rdx = half ? o->expected >> half : 0;
+	}
+	if (o->op == RUN) g.rbx = o->expected;
+	if (o->op == LIDT) { memcpy(ram + m->idtr, &(uint16_t){ m->idt_limit }, 2); memcpy(ram + m->idtr + 2, &o->addr, wide ? 8 : 4); }
+	if (o->op == SSE) memcpy(ram + RT + 0xd00 + 4096 * !!o->cpl, (uint64_t[]){ o->value, o->expected }, 16);
+	memcpy(ram + m->tss + 4, &rsp0, wide ? 8 : 4);
+	if (o->length && o->op == GUEST) g.rsp = o->addr + o->length; // PUSH
+	if (o->cpl && wide) { g.r11 = g.rflags; g.rcx = rip; g.rip = m->user; g.rflags = 2; }
+	if (o->cpl && !wide) {
+		uint32_t frame[5] = { rip, 0x33, g.rflags, g.rsp, 0x1b };
+		memcpy(ram + RT + 0xf60, frame, sizeof frame);
+		g.rsp = RT + 0xf60; g.rip = m->user; g.rflags = 2;
+	}
+	return g;
+}
+
+// Runs the vCPU until it leaves for another reason than MMIO.
+static void run_vcpu(int c, struct result *res)
+{
 	timed_out = 0; run[c]->immediate_exit = 0;
 	struct itimerval t = { .it_value.tv_sec = 4 }, off = { 0 };
 	setitimer(ITIMER_REAL, &t, 0);
@@ -191,17 +241,30 @@ static void enter(const struct op *o, struct result *res)
 		if (!run[c]->mmio.is_write) memset(run[c]->mmio.data, 0xff, 8);
 	}
 	setitimer(ITIMER_REAL, &off, 0);
-	if (res->status == STOPPED) return;
+}
+
+static void enter(const struct op *o, struct result *res)
+{
+	int c = o->vcpu;
 	struct kvm_sregs r;
+	if (dead[c]) { res->status = STOPPED; res->err = 0x4000; return; }
+	CHECK(ioctl(vcpu[c], KVM_GET_SREGS, &r));
+	const struct mode *m = mode_of(r.efer);
+	struct kvm_regs g = prepare(o, m);
+	CHECK(ioctl(vcpu[c], KVM_SET_REGS, &g));
+	run_vcpu(c, res);
+	if (res->status == STOPPED) return;
+	if (run[c]->exit_reason == KVM_EXIT_SHUTDOWN) { res->status = SHUTDOWN; dead[c] = 1; return; }
+	if (run[c]->exit_reason != KVM_EXIT_HLT) { res->status = STOPPED; res->err = run[c]->exit_reason; return; }
 	CHECK(ioctl(vcpu[c], KVM_GET_REGS, &g));
 	CHECK(ioctl(vcpu[c], KVM_GET_SREGS, &r));
-	if (run[c]->exit_reason != KVM_EXIT_HLT) { res->status = STOPPED; res->err = run[c]->exit_reason; return; }
-	if (!tame(o, &g, r.cr2)) { res->status = STOPPED; res->err = 0x3000; res->addr = g.rip; return; }
-	const uint64_t *top = (const void *)(ram + RT + (g.rsp & 0xff8));
-	if (g.rip == head.pf_entry + 1) { res->status = PAGE_FAULT; res->err = top[0]; res->addr = r.cr2; }
-	else if (g.rip == head.gp_entry + 1) { res->status = GP; res->err = top[0]; }
+	uint64_t hlt = g.rip - 1;
+	if (!tame(o, m, &g, r.cr2)) { res->status = STOPPED; res->err = 0x3000; res->addr = g.rip; return; }
+	if (hlt == m->pf) { res->status = PAGE_FAULT; res->err = g.rax; res->addr = r.cr2; }
+	else if (hlt == m->gp) { res->status = GP; res->err = g.rax; }
+	else if (hlt == m->df) res->status = DOUBLE_FAULT;
 	else if (res->mmios) { res->status = MMIO; res->addr = res->mmio[0].gpa; res->err = res->mmio[res->mmios - 1].write; }
-	if (o->op == READ && res->status != PAGE_FAULT) res->value = g.rdx & (o->size == 8 ? ~0ull : (1ull << 8 * o->size) - 1);
+	if (o->op == READ && hlt != m->pf && hlt != m->df) res->value = g.rdx & (o->size == 8 ? ~0ull : (1ull << 8 * o->size) - 1);
 }
 
 static void host(const struct op *o, struct result *res)
@@ -209,6 +272,7 @@ static void host(const struct op *o, struct result *res)
 	static uint8_t bitmap[1 << 17];
 	switch (o->op) {
 	case HWRITE: memcpy(ram + o->addr, &o->value, o->size); break;
+	case SLOT_ADD: add_slot(o->size, o->addr, o->value, o->arg); break;
 	case SLOT: set_slot(o->size, o->addr, o->value, o->arg); break;
 	case UNMAP: CHECK(madvise(ram + o->addr, o->value, MADV_DONTNEED)); break;
 	case QUOTA: CHECK(ioctl(vm, KVM_SET_NR_MMU_PAGES, o->value)); break;
@@ -219,6 +283,18 @@ static void host(const struct op *o, struct result *res)
 		for (unsigned b = 0; b < sizeof bitmap; b++) res->value += __builtin_popcount(bitmap[b]);
 		break;
 	}
+	case CLEARDIRTY: {
+		uint64_t *words = (void *)bitmap;
+		struct kvm_clear_dirty_log d = { .slot = o->size, .first_page = o->addr, .num_pages = o->value, .dirty_bitmap = bitmap };
+		for (uint64_t w = 0; w < (o->value + 63) / 64; w++) words[w] = o->expected;
+		CHECK(ioctl(vm, KVM_CLEAR_DIRTY_LOG, &d));
+		break;
+	}
+	case HREAD:
+		for (uint64_t i = 0; i < o->value; i += 4096) (void)*(volatile uint8_t *)(ram + o->addr + i);
+		break;
+	case SREGS: set_sregs(o->vcpu, o->value, o->addr, o->expected, o->flags); break;
+	case STACK: stack[o->vcpu] = o->addr; break;
 	default: fail("unknown host action");
 	}
 }
@@ -233,6 +309,8 @@ int main(int argc, char **argv)
 	signal(SIGALRM, on_alarm);
 	kvm = CHECK(open("/dev/kvm", O_RDWR));
 	vm = CHECK(ioctl(kvm, KVM_CREATE_VM, 0));
+	struct kvm_enable_cap manual = { .cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = { head.manual } };
+	if (head.manual) CHECK(ioctl(vm, KVM_ENABLE_CAP, &manual));
 	load_memory(f);
 	static struct { struct kvm_cpuid2 c; struct kvm_cpuid_entry2 e[128]; } cpuid = { .c.nent = 128 };
 	CHECK(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));

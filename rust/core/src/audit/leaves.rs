@@ -168,5 +168,5 @@ fn logged_frames(slot: &Slot) -> Option<FxHashSet<Gfn>> {
     if !slot.logs_dirty() {
         return None;
     }
-    slot.clone().take_dirty().map(|frames| frames.into_iter().collect())
+    slot.dirty_frames().map(|frames| frames.into_iter().collect())
 }

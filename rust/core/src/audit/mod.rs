@@ -80,7 +80,8 @@ impl Vm {
     /// happened: host writes ([`Vm::write_memory`], [`Vm::write_table_page`]), host pages dropped
     /// ([`Vm::notifier_unmap`], [`Vm::set_host_pages`]), and W inherited from an MMIO entry (see [`Vm::audit`]; none
     /// while `pf_mmio_spte_created` is 0). A and D bits that walks set are no such change: they never take a right away.
-    /// Nor is EFER.NX, which does not split shadow pages: bit 63 is read as "not executable" here.
+    /// Nor is EFER.NX, which does not split shadow pages: bit 63 is read as "not executable" here. CR4.PSE and the PDPTEs
+    /// of PAE paging do not split them either: do not change the first between the accesses that are judged.
     ///
     /// # Errors
     /// All entries that differ, a sentence each.

@@ -2,7 +2,7 @@
 
 use super::{Audit, may_grant};
 use crate::bits::PT_ADDR;
-use crate::cpu::CpuRole;
+use crate::cpu::{CpuRole, Root, Top, Vcpu};
 use crate::shadow::page::{Bitmap, bits};
 use crate::shadow::spte::Spte;
 use crate::types::{ENTRIES, Gfn, Level, PageId, SptePos};
@@ -83,31 +83,43 @@ impl Audit<'_> {
         for vcpu in self.vcpus {
             let role = CpuRole::of(&vcpu.regs, &self.shadow.config.cpu);
             self.expect(vcpu.role == role, |_| format!("vCPU {} walks by rules of other registers", vcpu.id));
-            let named = vcpu.root.page.is_none() || vcpu.root.pgd == vcpu.regs.cr3;
+            let wanted = if role.mode.has_tables() { vcpu.regs.cr3 } else { 0 };
+            let named = !vcpu.root.is_loaded() || vcpu.root.pgd == wanted;
             self.expect(named, |_| {
                 format!("vCPU {} has cr3 {:#x} but a root for {:#x}", vcpu.id, vcpu.regs.cr3, vcpu.root.pgd)
             });
             for (place, root) in std::iter::once(&vcpu.root).chain(&vcpu.prev_roots).enumerate() {
-                let Some(id) = root.page else { continue };
-                *count.entry(id).or_default() += 1;
                 let who = format!("vCPU {} root {place}", vcpu.id);
-                self.expect(self.is_live(id), |_| format!("{who} is page {}, which is freed", id.0));
-                if !self.is_live(id) {
-                    continue;
+                let cached = place > 0 && root.is_loaded();
+                self.expect(!cached || root.page().is_some(), |_| format!("{who} is a PAE root, which is never kept"));
+                for (quadrant, id) in root_pages(root) {
+                    *count.entry(id).or_default() += 1;
+                    self.check_root_page(vcpu, root, quadrant, id, &who);
                 }
-                let page = &self.shadow.arena[id];
-                let gfn = (root.pgd & PT_ADDR) >> 12;
-                self.expect(page.gfn.0 == gfn, |a| format!("{who} with pgd {:#x} is {}", root.pgd, a.name(id)));
-                let fits = page.role.invalid() || page.role == vcpu.role.root_role();
-                self.expect(fits, |a| format!("{who} has the role of another paging mode: {}", a.name(id)));
-                let top = page.level() == vcpu.role.mode.root && !page.role.direct();
-                self.expect(top, |a| format!("{who} is no top-level table: {}", a.name(id)));
             }
         }
         for id in self.live.clone() {
             let (noted, real) = (self.shadow.arena[id].root_count, count.get(&id).copied().unwrap_or(0));
             self.expect(noted == real, |a| format!("{} is {real} roots of vCPUs, not {noted}", a.name(id)));
         }
+    }
+
+    fn check_root_page(&mut self, vcpu: &Vcpu, root: &Root, quadrant: usize, id: PageId, who: &str) {
+        self.expect(self.is_live(id), |_| format!("{who} is page {}, which is freed", id.0));
+        if !self.is_live(id) {
+            return;
+        }
+        let (page, mode) = (&self.shadow.arena[id], vcpu.role.mode);
+        let gfn = match mode {
+            mode if !mode.has_tables() => (quadrant as u64) << 18,
+            mode if mode.pdptes => (vcpu.pdptes[quadrant] & PT_ADDR) >> 12,
+            _ => (root.pgd & PT_ADDR) >> 12,
+        };
+        self.expect(page.gfn.0 == gfn, |a| format!("{who} with pgd {:#x} is {}", root.pgd, a.name(id)));
+        let role = vcpu.role.root_role();
+        let role = if mode.has_pae_roots() { role.pae_root(quadrant as u32) } else { role };
+        let fits = if page.role.invalid() { page.role == role.invalidated() } else { page.role == role };
+        self.expect(fits, |a| format!("{who} has the role of another paging mode: {}", a.name(id)));
     }
 
     /// The sets of used entries, and that each entry is one of the four kinds.
@@ -166,7 +178,7 @@ impl Audit<'_> {
         }
         let arena = &self.shadow.arena;
         let (parent, below) = (&arena[pos.page()], &arena[child]);
-        let wanted = parent.role.child(below.role.direct(), below.role.access());
+        let wanted = parent.role.child(pos.index(), below.role.direct(), below.role.access());
         self.expect(below.role == wanted, |a| {
             format!("{} points to a page of another level or mode: {}", a.entry_name(pos), a.name(child))
         });
@@ -217,5 +229,14 @@ impl Audit<'_> {
     /// More than any list can hold.
     pub(super) fn entries(&self) -> usize {
         self.shadow.arena.capacity() * ENTRIES + 1
+    }
+}
+
+/// The pages of a root, each with its place among the four of a PAE root.
+fn root_pages(root: &Root) -> Vec<(usize, PageId)> {
+    match root.top {
+        Top::None => Vec::new(),
+        Top::Page(id) => vec![(0, id)],
+        Top::Pae(pages) => pages.into_iter().enumerate().filter_map(|(i, id)| Some((i, id?))).collect(),
     }
 }

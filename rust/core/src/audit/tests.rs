@@ -126,7 +126,7 @@ fn broken_leaves_are_found() {
     finds(|vm| change(vm, 0x100, 0, PT_U), "has the rights w-x but was made from wux");
     finds(|vm| vm.shadow.memory.host.set_state(Gfn(0x100), HostState::Absent), "which is Absent");
     finds(|vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().readonly = true, "in read-only slot 0");
-    finds(|vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().set_dirty_log(true), "is not in the dirty log");
+    finds(|vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().set_dirty_log(true, false), "is not in the dirty log");
     finds(|vm| vm.shadow.memory.remove_slot(0), "outside the memslots");
     // 3000 is a directory, 4000 a table in step: both are mapped read-only beside 5000, which is out of step.
     finds(|vm| change(vm, 3, writable, 0), "maps gfn 0x3, shadowed by page 2");

@@ -2,10 +2,11 @@
 
 use super::{Audit, may_grant};
 use crate::bits::PT_NX;
-use crate::cpu::CpuRole;
+use crate::cpu::{CpuRole, Vcpu};
 use crate::guest::gpte::Gpte;
+use crate::role::Role;
 use crate::shadow::spte::Spte;
-use crate::types::{Access, Gfn, Level, PageId, SptePos};
+use crate::types::{Access, ENTRIES, Gfn, Level, PageId, SptePos};
 
 impl Audit<'_> {
     /// See [`crate::engine::Vm::audit_translations`].
@@ -27,8 +28,11 @@ impl Audit<'_> {
         let level = page.level();
         let pos = id.entry(index);
         let spte = self.shadow.spte(pos);
-        let gpte = Gpte(self.shadow.memory.host.entry(page.gfn, index));
-        let Some(role) = self.vcpus.first().map(|vcpu| with_nx(vcpu.role)) else { return };
+        let bytes = page.role.entry_bytes();
+        let gpte = Gpte(self.shadow.memory.host.entry(page.gfn, guest_index(page.role, index), bytes));
+        let reads = |vcpu: &&Vcpu| vcpu.role.mode.has_tables() && vcpu.role.mode.entry_bytes == bytes;
+        // A page of a mode that no vCPU is in now stays, but nobody says which bits its guest's entries have.
+        let Some(role) = self.vcpus.iter().find(reads).map(|vcpu| with_nx(vcpu.role)) else { return };
         if !gpte.present() || gpte.has_reserved(&role, level) {
             self.report(format!("{} stands for {:#x}, which maps nothing", self.entry_name(pos), gpte.0));
             return;
@@ -36,9 +40,9 @@ impl Audit<'_> {
         let granted = page.role.access().and(gpte.access());
         let rights = if self.keeps_clean(page.gfn) { gpte.protect_clean(granted) } else { granted };
         if spte.is_table(level.0) {
-            self.check_table(pos, spte.child(), gpte, granted, rights);
+            self.check_table(&role, pos, spte.child(), gpte, (granted, rights));
         } else {
-            self.check_leaf(pos, spte, gpte, rights);
+            self.check_leaf(&role, pos, spte, gpte, rights);
         }
     }
 
@@ -48,33 +52,40 @@ impl Audit<'_> {
         self.shadow.memory.slot(table).is_some_and(|slot| !slot.readonly)
     }
 
-    fn check_table(&mut self, pos: SptePos, child: PageId, gpte: Gpte, granted: Access, rights: Access) {
+    fn check_table(
+        &mut self,
+        role: &CpuRole,
+        pos: SptePos,
+        child: PageId,
+        gpte: Gpte,
+        (granted, rights): (Access, Access),
+    ) {
         let arena = &self.shadow.arena;
         let (level, below) = (arena[pos.page()].level(), &arena[child]);
         let have = below.role.access();
-        let (gfn, fits) = if gpte.is_leaf(level) {
-            (gpte.gfn(level), below.role.direct() && may_grant(rights, have, below.role))
+        let (gfn, fits) = if gpte.is_leaf(role, level) {
+            (part_of_leaf(role, gpte, pos, level), below.role.direct() && may_grant(rights, have, below.role))
         } else {
-            (gpte.gfn(Level::PT), below.has_gptes() && have == granted)
+            (gpte.gfn(), below.has_gptes() && have == granted)
         };
         self.expect(below.gfn == gfn && fits, |a| {
             format!("{} stands for {:#x} but points to {}", a.entry_name(pos), gpte.0, a.name(child))
         });
     }
 
-    fn check_leaf(&mut self, pos: SptePos, spte: Spte, gpte: Gpte, rights: Access) {
+    fn check_leaf(&mut self, cpu: &CpuRole, pos: SptePos, spte: Spte, gpte: Gpte, rights: Access) {
         let arena = &self.shadow.arena;
         let (level, role) = (arena[pos.page()].level(), arena[pos.page()].role);
         let (gfn, have) =
             if spte.is_mmio() { (spte.mmio_gfn(), spte.mmio_access()) } else { (arena.mapped_gfn(pos), spte.access()) };
-        let fits = gpte.is_leaf(level) && gfn == gpte.gfn(level) && may_grant(rights, have, role);
+        let wanted = part_of_leaf(cpu, gpte, pos, level);
+        let fits = gpte.is_leaf(cpu, level) && gfn == wanted && may_grant(rights, have, role);
         self.expect(fits, |a| {
             format!(
-                "{} stands for {:#x}, which grants {} to gfn {:#x}; it has {} for gfn {gfn:#x}",
+                "{} stands for {:#x}, which grants {} to gfn {wanted:#x}; it has {} for gfn {gfn:#x}",
                 a.entry_name(pos),
                 gpte.0,
                 rights.text(),
-                gpte.gfn(level),
                 have.text(),
             )
         });
@@ -82,6 +93,21 @@ impl Audit<'_> {
 }
 
 /// The rules of a walk with EFER.NX on.
-const fn with_nx(role: CpuRole) -> CpuRole {
-    CpuRole { nx: true, reserved: role.reserved & !PT_NX, ..role }
+fn with_nx(role: CpuRole) -> CpuRole {
+    CpuRole { nx: true, reserved: role.reserved.map(|pair| pair.map(|bits| bits & !PT_NX)), ..role }
+}
+
+/// The guest entry that entry `index` of a shadow page stands for.
+const fn guest_index(role: Role, index: usize) -> usize {
+    match (role.has_4_byte(), role.level()) {
+        (true, Level(2)) => role.quadrant() * ENTRIES / 2 + index / 2,
+        (true, _) => role.quadrant() * ENTRIES + index,
+        (false, _) => index,
+    }
+}
+
+/// The first frame of a guest's leaf, or of the half of 4 MiB that a shadow entry has.
+const fn part_of_leaf(role: &CpuRole, gpte: Gpte, pos: SptePos, level: Level) -> Gfn {
+    let first = gpte.leaf_gfn(role.mode, level);
+    if role.mode.pages(level) > level.pages() { Gfn(first.0 + (pos.index() as u64 & 1) * level.pages()) } else { first }
 }

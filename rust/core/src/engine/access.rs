@@ -55,14 +55,17 @@ impl Vm {
     #[inline]
     pub(crate) fn execute_plain(&mut self, vcpu: usize, plain: &Plain) -> Option<u64> {
         let cpu = self.vcpus.get_mut(vcpu)?;
-        let (root, offset) = (cpu.root.page?, plain.gva.offset());
-        if cpu.requests != Requests::default() || !plain.gva.is_canonical() || offset + u64::from(plain.size) > 4096 {
+        let (table, offset) = (Some(cpu.root.table(plain.gva)?), plain.gva.offset());
+        let role = &cpu.role;
+        let plainly = cpu.requests == Requests::default() && role.mode.takes(plain.gva) && !role.pke;
+        if !plainly || offset + u64::from(plain.size) > 4096 {
             return None;
         }
-        let role = &cpu.role;
-        let view = CpuView { user: plain.user, smep: role.smep, smap: role.smap && !plain.ac, rsvd_sets_p: true };
-        let frame = access(&mut self.shadow, root, plain.gva, plain.kind, view).ok()?;
+        let smap = role.smap && !plain.ac;
+        let view = CpuView { user: plain.user, smep: role.smep, smap, rsvd_sets_p: true, key0: 0 };
+        let frame = access(&mut self.shadow, table, plain.gva, plain.kind, view).ok()?;
         cpu.counters.x_ops += 1;
+        cpu.injected = None;
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | offset);
         match (plain.kind, frame, plain.value) {
@@ -77,28 +80,41 @@ impl Vm {
 }
 
 impl Ctx<'_> {
-    fn run_insn(&mut self, insn: &Insn) -> Outcome {
+    pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
         let mut at = *insn;
         let mut device = None;
+        if insn.delivery {
+            self.vcpu.delivering = self.vcpu.delivering.or(self.vcpu.injected.map(|(vector, _)| vector));
+        } else {
+            // An instruction runs, so whatever was delivered has arrived.
+            self.vcpu.injected = None;
+        }
+        let outcome = self.run_until_done(&mut at, &mut device);
+        self.vcpu.delivering = None;
+        outcome
+    }
+
+    fn run_until_done(&mut self, insn: &mut Insn, device: &mut Option<u64>) -> Outcome {
+        let at = insn;
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
-        for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
+        for _ in 0..MAX_RESUMES + 4 * (at.repeat - 1) {
             if !self.enter() {
                 return Outcome::of(Status::Shutdown);
             }
-            match self.run_on_cpu(&mut at) {
+            match self.run_on_cpu(at) {
                 Ok(value) => {
                     return device
                         .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
                 }
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
                 Err(Trap::Fault { gva, code, operand }) => {
-                    let who = if operand { at } else { fetch_of(&at) };
+                    let who = if operand { *at } else { fetch_of(at) };
                     match self.handle_page_fault(&who, gva, code) {
                         After::Resume => {}
                         // The emulator leaves RIP at a REP, even at one that it carried out to the end.
                         After::Stored(elements, gpa) => {
-                            at = at.element(elements);
-                            device = device.or(gpa);
+                            *at = at.element(elements);
+                            *device = device.or(gpa);
                         }
                         After::Finished(outcome) => return self.leave(outcome),
                     }
@@ -147,44 +163,59 @@ impl Ctx<'_> {
 
     #[inline]
     fn run_element(&mut self, insn: &Insn) -> Result<u64, Trap> {
-        let pieces = insn.pieces();
-        let mut frames = [None; 2];
         let view = self.cpu_view(insn);
+        if insn.action == Action::Copy {
+            let load = insn.loading();
+            let from = self.operand_pages(&load, AccessKind::Read, view)?;
+            let to = self.operand_pages(insn, AccessKind::Write, view)?;
+            let value = self.load(&load, from);
+            self.store(insn, to, u128::from(value));
+            return Ok(0);
+        }
+        let mut frames = [None; 2];
         for kind in insn.kinds(self.shadow.config.cpu.rmw_reads_first) {
-            frames[0] = self.access_page(insn.gva, *kind, view, true)?;
-            if pieces[1].1 != 0 {
-                frames[1] = self.access_page(pieces[1].0, *kind, view, true)?;
-            }
+            frames = self.operand_pages(insn, *kind, view)?;
         }
         Ok(self.touch_memory(insn, frames))
     }
 
     #[inline]
+    fn operand_pages(&mut self, insn: &Insn, kind: AccessKind, view: CpuView) -> Result<[Option<Gfn>; 2], Trap> {
+        let first = self.access_page(insn.gva, kind, view, true)?;
+        let [_, (second, rest)] = insn.pieces();
+        let second = if rest == 0 { None } else { self.access_page(second, kind, view, true)? };
+        Ok([first, second])
+    }
+
+    #[inline]
     fn access_page(&mut self, gva: Gva, kind: AccessKind, view: CpuView, operand: bool) -> Result<Option<Gfn>, Trap> {
-        if !gva.is_canonical() {
+        if !self.vcpu.role.mode.takes(gva) {
             return Err(Trap::GeneralProtection);
         }
-        let Some(root) = self.vcpu.root.page else { return Err(Trap::GeneralProtection) };
-        access(self.shadow, root, gva, kind, view).map_err(|code| Trap::Fault { gva, code, operand })
+        access(self.shadow, self.vcpu.root.table(gva), gva, kind, view).map_err(|code| Trap::Fault {
+            gva,
+            code,
+            operand,
+        })
     }
 
     /// The load, store, or both: every page is there and allows it. `None` is the zero page.
     #[inline]
     fn touch_memory(&mut self, insn: &Insn, frames: [Option<Gfn>; 2]) -> u64 {
         match insn.action {
-            Action::Fetch => 0,
+            Action::Fetch | Action::Copy => 0,
             Action::Load => self.load(insn, frames),
             Action::Store if insn.keep => 0,
             Action::Store => {
-                self.store(insn, frames, insn.value);
+                self.store(insn, frames, insn.wide(insn.value));
                 0
             }
             Action::Rmw(_) => {
                 let old = self.load(insn, frames);
                 let (new, equal) = insn.compute(old);
-                // Half of a 16-byte operand is all that is known of it; a failed exchange leaves it alone.
-                if equal || insn.size <= 8 {
-                    self.store(insn, frames, new);
+                // What CMPXCHG16B compares with has a clear upper half; a failed exchange leaves memory alone.
+                if insn.size <= 8 || equal && (insn.expected.is_none() || self.load_high(insn, frames) == 0) {
+                    self.store(insn, frames, u128::from(new));
                 }
                 old
             }
@@ -205,8 +236,14 @@ impl Ctx<'_> {
         value & mask(insn.size)
     }
 
+    /// The upper half of a 16-byte operand, which CMPXCHG16B wants aligned, hence on one page.
+    fn load_high(&self, insn: &Insn, frames: [Option<Gfn>; 2]) -> u64 {
+        let gpa = |gfn: Gfn| Gpa((gfn.gpa().0 | insn.gva.offset()) + 8);
+        frames[0].map_or(0, |gfn| self.shadow.memory.host.read(gpa(gfn), 8))
+    }
+
     #[inline]
-    fn store(&mut self, insn: &Insn, frames: [Option<Gfn>; 2], value: u64) {
+    fn store(&mut self, insn: &Insn, frames: [Option<Gfn>; 2], value: u128) {
         let [(gva, size), (_, rest)] = insn.pieces();
         self.store_piece(frames[0], gva.offset(), size, value, 0);
         if rest != 0 {
@@ -215,12 +252,8 @@ impl Ctx<'_> {
     }
 
     /// Stores `size` bytes of the operand from its byte `from` on. A writable entry never maps the zero page.
-    fn store_piece(&mut self, frame: Option<Gfn>, offset: u64, size: u8, value: u64, from: u8) {
+    fn store_piece(&mut self, frame: Option<Gfn>, offset: u64, size: u8, value: u128, from: u8) {
         let Some(gfn) = frame else { return };
-        let host = &mut self.shadow.memory.host;
-        host.write(Gpa(gfn.gpa().0 | offset), size.min(8), slice(value, from, size));
-        if size > 8 {
-            host.write(Gpa((gfn.gpa().0 | offset) + 8), size - 8, slice(value, from + 8, size - 8));
-        }
+        self.shadow.memory.host.write_wide(Gpa(gfn.gpa().0 | offset), size, slice(value, from, size));
     }
 }

@@ -1,24 +1,13 @@
 //! Instructions that change how the guest pages: CR0, CR3, CR4, EFER, INVLPG; and the plain exits.
 
-use crate::bits::{
-    CR0_CD, CR0_ET, CR0_MP, CR0_NW, CR0_PE, CR0_PG, CR0_TS, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE,
-    CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NX, EFER_SCE,
-};
+use crate::bits::{CR0_CD, CR0_MP, CR0_NW, CR0_PG, CR0_TS, CR0_WP, CR4_PCIDE};
 use crate::cpu::Requests;
 use crate::engine::Vm;
+use crate::engine::registers::Refused;
+use crate::fault::insn::{Action, Insn};
 use crate::fault::{Ctx, Stop};
 use crate::outcome::{Outcome, Status};
-use crate::shadow::roots::NewPgd;
-use crate::types::Gva;
-
-/// CR4 bits that the guest's CPUID allows, beside PCIDE: 0 to 10, UMIP, FSGSBASE, OSXSAVE, SMEP, SMAP.
-const CR4_ALLOWED: u64 = 0x7ff | 1 << 11 | 1 << 16 | 1 << 18 | CR4_SMEP | CR4_SMAP;
-/// CR4 bits that split roles (`KVM_MMU_CR4_ROLE_BITS`, 6.1).
-const CR4_ROLE: u64 = CR4_PSE | CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP | CR4_PKE;
-/// EFER bits that the guest may set; bit 14 is FFXSR.
-const EFER_ALLOWED: u64 = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX | 1 << 14;
-/// CR3 bit 63: keep the TLB's entries.
-const CR3_NOFLUSH: u64 = 1 << 63;
+use crate::types::{ErrorCode, Gpa, Gva};
 
 /// An instruction without a memory operand that exits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,14 +22,13 @@ pub enum Control {
     Efer(u64),
     /// INVLPG.
     Invlpg(u64),
+    /// INVPCID of that type, with its descriptor at that address.
+    Invpcid(u64, u64),
     /// HLT.
     Hlt,
     /// IN or OUT.
     Io,
 }
-
-/// The guest gets #GP(0).
-struct Refused;
 
 impl Vm {
     /// Runs one control instruction; with `rip` it is fetched through the shadow first.
@@ -94,6 +82,13 @@ impl Ctx<'_> {
                     Err(Refused) => self.general_protection(),
                 }
             }
+            Control::Invpcid(kind, descriptor) => {
+                self.shadow.events.exit(9, rip.unwrap_or(0), descriptor);
+                match self.invpcid(kind, Gva(descriptor)) {
+                    Ok(()) => self.skip(rip),
+                    Err(outcome) => outcome,
+                }
+            }
             Control::Cr0(_) | Control::Cr3(_) | Control::Cr4(_) | Control::Invlpg(_) => self.intercepted(what, rip),
         };
         match what {
@@ -111,7 +106,7 @@ impl Ctx<'_> {
 
     const fn cr0_is_hardwares(&self) -> bool {
         let cr0 = self.vcpu.regs.cr0;
-        cr0 & CR0_WP != 0 && cr0 & (CR0_CD | CR0_NW) == 0
+        cr0 & (CR0_PG | CR0_WP | CR0_CD | CR0_NW) == CR0_PG | CR0_WP
     }
 
     /// CR writes and INVLPG: without decode assists the emulator carries them out.
@@ -139,7 +134,7 @@ impl Ctx<'_> {
                 self.invlpg(Gva(gva), assisted);
                 Ok(())
             }
-            Control::Efer(_) | Control::Hlt | Control::Io => Ok(()),
+            Control::Efer(_) | Control::Invpcid(..) | Control::Hlt | Control::Io => Ok(()),
         };
         match done {
             Ok(()) => Outcome::done(0),
@@ -175,104 +170,57 @@ impl Ctx<'_> {
         Outcome::of(Status::GeneralProtection)
     }
 
-    /// `kvm_set_cr0`, 6.1. Paging cannot be left from 64-bit code.
-    fn set_cr0(&mut self, value: u64) -> Result<(), Refused> {
-        let value = value | CR0_ET;
-        let bad = value >> 32 != 0
-            || value & CR0_NW != 0 && value & CR0_CD == 0
-            || value & CR0_PG == 0
-            || value & CR0_PE == 0;
-        if bad {
-            return Err(Refused);
-        }
-        let old = std::mem::replace(&mut self.vcpu.regs.cr0, value);
-        if (old ^ value) & CR0_WP != 0 {
-            self.reset_context();
-        }
-        Ok(())
-    }
-
-    /// `kvm_set_cr4` and `kvm_post_set_cr4`, 6.1.
-    fn set_cr4(&mut self, value: u64) -> Result<(), Refused> {
-        let old = self.vcpu.regs.cr4;
-        let allowed = CR4_ALLOWED | if self.shadow.config.cpu.pcid { CR4_PCIDE } else { 0 };
-        let pcid_on = value & !old & CR4_PCIDE != 0;
-        if value & !allowed != 0 || value & CR4_PAE == 0 || pcid_on && self.vcpu.regs.cr3 & 0xfff != 0 {
-            return Err(Refused);
-        }
-        self.vcpu.regs.cr4 = value;
-        if (old ^ value) & CR4_ROLE != 0 {
-            self.reset_context();
-        }
-        if pcid_on {
-            let flush = self.shadow.free_all_roots(self.vcpu);
-            self.pay(flush);
-        }
-        if (old ^ value) & CR4_PGE != 0 || old & !value & CR4_PCIDE != 0 {
-            self.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST);
-        } else if value & !old & CR4_SMEP != 0 {
-            self.vcpu.requests.raise(Requests::TLB_FLUSH_CURRENT);
-        }
-        Ok(())
-    }
-
-    /// `set_efer`, 6.1. LMA follows LME and CR0.PG, and LME cannot change while paging is on.
-    fn set_efer(&mut self, value: u64) -> Result<(), Refused> {
-        let old = self.vcpu.regs.efer;
-        if value & !EFER_ALLOWED != 0 || (old ^ value) & EFER_LME != 0 {
-            return Err(Refused);
-        }
-        self.vcpu.regs.efer = value & !EFER_LMA | old & EFER_LMA;
-        if (old ^ value) & EFER_NX != 0 {
-            self.reset_context();
-        }
-        Ok(())
-    }
-
-    /// `kvm_set_cr3`, 6.1.
-    fn set_cr3(&mut self, value: u64) -> Result<(), Refused> {
-        let pcide = self.vcpu.regs.cr4 & CR4_PCIDE != 0;
-        let keep = pcide && value & CR3_NOFLUSH != 0;
-        let value = if pcide { value & !CR3_NOFLUSH } else { value };
-        if value != self.vcpu.regs.cr3 {
-            if value >> self.shadow.config.cpu.maxphyaddr != 0 {
-                return Err(Refused);
-            }
-            self.new_pgd(value);
-            self.vcpu.regs.cr3 = value;
-        }
-        if !keep {
-            self.vcpu.requests.raise(Requests::MMU_SYNC);
-            self.vcpu.requests.raise(Requests::TLB_FLUSH_CURRENT);
-            if pcide {
-                let flush = self.shadow.free_prev_roots_of_pcid(self.vcpu, value & 0xfff);
-                self.pay(flush);
-            }
-        }
-        Ok(())
-    }
-
-    /// `kvm_mmu_new_pgd`, 6.1.
-    fn new_pgd(&mut self, pgd: u64) {
-        let (found, flush) = self.shadow.new_pgd(self.vcpu, pgd);
-        self.pay(flush);
-        if found == NewPgd::Miss {
-            return;
-        }
-        // Without `flush_on_reuse` a cached root is neither synced nor flushed here; CR3 without bit 63 asks for it.
-        self.vcpu.requests.raise(Requests::LOAD_MMU_PGD);
-        self.vcpu.clear_mmio();
-        self.shadow.clear_root_flood(self.vcpu);
-    }
-
     /// `kvm_mmu_invlpg`, 6.1. The emulator checks the address before it gets there; the direct intercept does not.
     fn invlpg(&mut self, gva: Gva, assisted: bool) {
-        if gva.is_canonical() {
+        if !self.is_noncanonical(gva) {
             let flush = self.shadow.invlpg(self.vcpu, gva, true);
             self.pay(flush);
         } else if !assisted {
             return;
         }
         self.vcpu.counters.invlpg += 1;
+    }
+
+    /// `kvm_handle_invpcid`, 6.1.
+    fn invpcid(&mut self, kind: u64, descriptor: Gva) -> Result<(), Outcome> {
+        if !self.shadow.config.cpu.invpcid {
+            self.shadow.events.inj_exception(6, 0, false);
+            return Err(Outcome::of(Status::InvalidOpcode));
+        }
+        let (pcid, address) = self.read_descriptor(descriptor)?;
+        let enabled = self.vcpu.regs.cr4 & CR4_PCIDE != 0;
+        let known = pcid >> 12 == 0 && (enabled || pcid == 0 || kind > 1);
+        match kind {
+            0 if known && !self.is_noncanonical(address) => {
+                let flush = self.shadow.invpcid_gva(self.vcpu, address, pcid);
+                self.pay(flush);
+                self.vcpu.counters.invlpg += 1;
+            }
+            1 if known => self.invalidate_pcid(pcid),
+            // Shadow entries are never global, so both kinds of "all" are the same.
+            2 | 3 if known => self.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST),
+            _ => return Err(self.general_protection()),
+        }
+        Ok(())
+    }
+
+    /// The operand of INVPCID, 16 bytes: PCID and address (`kvm_read_guest_virt`, 6.1).
+    fn read_descriptor(&mut self, at: Gva) -> Result<(u64, Gva), Outcome> {
+        let (mut bytes, mut done) = ([0; 16], 0);
+        for (gva, size) in Insn::new(Action::Load, at.0, 16).pieces() {
+            if size == 0 {
+                continue;
+            }
+            let walk = self.walk(gva, ErrorCode(0), false).map_err(|fault| self.inject(fault))?;
+            if self.shadow.memory.slot(walk.gfn).is_none() {
+                return Err(Outcome::of(Status::InternalError));
+            }
+            for i in 0..u64::from(size) {
+                bytes[done] = self.read_ram(Gpa((walk.gfn.gpa().0 | gva.offset()) + i), 1) as u8;
+                done += 1;
+            }
+        }
+        let word = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        Ok((word(0), Gva(word(8))))
     }
 }

@@ -7,7 +7,7 @@ impl Ctx<'_> {
     /// Serves what is pending until nothing is, so that the guest can run. `false`: the vCPU shuts down.
     #[inline]
     pub(crate) fn enter(&mut self) -> bool {
-        if self.vcpu.requests == Requests::default() && self.vcpu.root.page.is_some() {
+        if self.vcpu.requests == Requests::default() && self.vcpu.root.is_loaded() {
             return true;
         }
         self.enter_slowly()
@@ -15,11 +15,12 @@ impl Ctx<'_> {
 
     /// A flush that is requested while requests are served cancels the entry, which is then made again.
     fn enter_slowly(&mut self) -> bool {
+        let soft_event = self.vcpu.requests.pending(Requests::EVENT);
         loop {
             if !self.serve_requests() {
                 return false;
             }
-            if self.vcpu.root.page.is_none() {
+            if !self.vcpu.root.is_loaded() {
                 let (loaded, flush) = self.shadow.load_root(self.vcpu);
                 self.pay(flush);
                 if !loaded {
@@ -29,6 +30,9 @@ impl Ctx<'_> {
             }
             if self.vcpu.requests == Requests::default() {
                 return true;
+            }
+            if soft_event {
+                self.vcpu.requests.raise(Requests::EVENT); // what had been injected is taken back
             }
         }
     }
@@ -55,7 +59,21 @@ impl Ctx<'_> {
             let flush = self.shadow.free_unsync_prev_roots(self.vcpu);
             self.pay(flush);
         }
-        !self.vcpu.requests.check(Requests::TRIPLE_FAULT)
+        if self.vcpu.requests.check(Requests::TRIPLE_FAULT) {
+            return false;
+        }
+        if self.vcpu.requests.check(Requests::EVENT) {
+            self.decode_soft_event();
+        }
+        true
+    }
+
+    /// A failure only costs the event its place: KVM tries again at the next entry.
+    fn decode_soft_event(&mut self) {
+        let (rip, user) = self.vcpu.soft_event;
+        self.walk_for_bytes(rip, user).ok();
+        self.vcpu.counters.insn_emulation += 1;
+        self.shadow.events.emulate_insn(rip.0, false);
     }
 
     fn sync_roots(&mut self) {

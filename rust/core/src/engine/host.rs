@@ -1,14 +1,17 @@
-//! What the host does to the VM: memslots, dirty logging, its own memory accesses, MMU notifiers, the page quota.
+//! What the host does to the VM: memslots, its own memory accesses, the page quota, huge pages that must not be executed.
 
 use crate::config::{MAX_QUOTA, MIN_QUOTA};
 use crate::engine::Vm;
 use crate::error::{ConfigError, MemoryError, refuse};
 use crate::memory::HostState;
 use crate::shadow::Flush;
-use crate::types::{Gfn, Gpa, Level, PAGE_SIZE};
+use crate::types::{Gfn, Gpa, PAGE_SIZE};
 
 /// Slot pages for one shadow page of the default quota (`KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO`).
 const PAGES_PER_SHADOW_PAGE: u64 = 50;
+
+/// `nx_huge_pages_recovery_ratio`.
+const NX_RECOVERY_RATIO: u64 = 60;
 
 impl Vm {
     /// Adds a memslot over the backing at the same address (`KVM_SET_USER_MEMORY_REGION`).
@@ -25,7 +28,8 @@ impl Vm {
     ) -> Result<(), ConfigError> {
         let maxphyaddr = self.shadow.config.cpu.maxphyaddr;
         self.shadow.memory.add_slot(slot, gpa, size, readonly, maxphyaddr)?;
-        self.shadow.memory.slot_by_id(slot)?.set_dirty_log(dirty_log);
+        let initially_set = self.shadow.manual_dirty.initially_set;
+        self.shadow.memory.slot_by_id(slot)?.set_dirty_log(dirty_log, initially_set);
         let flush = self.shadow.memslots_changed();
         self.pay_all(flush);
         self.default_quota();
@@ -47,6 +51,48 @@ impl Vm {
         self.pay_all(flush);
         self.default_quota();
         Ok(())
+    }
+
+    /// Moves a memslot, with what is in it: as a deletion, everything shadowed becomes obsolete (`KVM_MR_MOVE`, 6.1).
+    ///
+    /// # Errors
+    /// The slot does not exist, or the new place is refused as for a new slot; nothing was changed.
+    pub fn move_slot(&mut self, slot: u16, gpa: Gpa) -> Result<(), ConfigError> {
+        let maxphyaddr = self.shadow.config.cpu.maxphyaddr;
+        let old = self.shadow.memory.slot_by_id(slot)?;
+        let (base, pages) = (old.base, old.pages);
+        if base.gpa() == gpa {
+            return Ok(());
+        }
+        self.shadow.memory.check_place(slot, gpa, pages * PAGE_SIZE, maxphyaddr)?;
+        // The slot is invalid while its pages go, which is a generation of its own.
+        self.shadow.memory.generation += crate::config::ADDRESS_SPACES;
+        let mut flush = self.shadow.memslots_changed();
+        flush += self.shadow.zap_all_fast();
+        self.shadow.memory.move_slot(slot, gpa.gfn());
+        flush += self.shadow.memslots_changed();
+        self.pay_all(flush);
+        self.default_quota();
+        Ok(())
+    }
+
+    /// Turns the splitting of huge pages for execution on or off (module parameter `nx_huge_pages`); a change makes all
+    /// shadow pages obsolete (`set_nx_huge_pages`, 6.1).
+    pub fn set_nx_huge_pages(&mut self, on: bool) {
+        if self.shadow.config.nx_huge_pages != on {
+            self.shadow.config.nx_huge_pages = on;
+            let flush = self.shadow.zap_all_fast();
+            self.pay_all(flush);
+        }
+    }
+
+    /// One round of the thread that gives huge pages back: one in 60 of the pages that split one, the oldest first, at
+    /// least one (`kvm_recover_nx_huge_pages`, 6.1). Returns how many went.
+    pub fn recover_nx_huge_pages(&mut self) -> u64 {
+        let count = self.shadow.counters.nx_lpage_splits.div_ceil(NX_RECOVERY_RATIO);
+        let flush = self.shadow.zap_nx_splits(count);
+        self.pay_all(flush);
+        count
     }
 
     fn default_quota(&mut self) {
@@ -80,92 +126,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Turns a slot's dirty log on or off. Nothing happens if it is so already.
-    ///
-    /// # Errors
-    /// The slot does not exist.
-    pub fn set_dirty_log(&mut self, slot: u16, on: bool) -> Result<(), ConfigError> {
-        let memslot = self.shadow.memory.slot_by_id(slot)?;
-        if memslot.logs_dirty() == on {
-            return Ok(());
-        }
-        memslot.set_dirty_log(on);
-        let readonly = memslot.readonly;
-        let heads: Vec<_> = memslot.rmaps().map(|(_, _, head)| head).collect();
-        // A change of flags is a new generation, so MMIO entries become stale (11.5 of the specification).
-        self.shadow.memory.generation += crate::config::ADDRESS_SPACES;
-        let mut flush = self.shadow.memslots_changed();
-        if readonly {
-            // kvm_mmu_slot_apply_flags (6.1) leaves a read-only slot alone: nothing in it is writable or gets dirty.
-        } else if on {
-            for head in heads {
-                self.shadow.write_protect_list(head, false);
-            }
-            flush += Flush::when(true);
-        } else {
-            flush += self.shadow.zap_collapsible(slot);
-        }
-        self.pay_all(flush);
-        Ok(())
-    }
-
-    /// The frames written since the last call, ascending; they are write-protected again (`KVM_GET_DIRTY_LOG`).
-    ///
-    /// # Errors
-    /// The slot does not exist or has no log.
-    pub fn get_dirty_log(&mut self, slot: u16) -> Result<Vec<u64>, ConfigError> {
-        let Some(dirty) = self.shadow.memory.slot_by_id(slot)?.take_dirty() else {
-            return refuse!("memslot {slot} has no dirty log; turn it on first");
-        };
-        for gfn in &dirty {
-            let head = self.shadow.memory.slot(*gfn).map(|slot| slot.rmap(*gfn, Level::PT));
-            if let Some(head) = head {
-                self.shadow.write_protect_list(head, false);
-            }
-        }
-        self.pay_all(Flush::when(!dirty.is_empty()));
-        Ok(dirty.iter().map(|gfn| gfn.0).collect())
-    }
-
-    /// The host drops pages (`MADV_DONTNEED`): the MMU notifier takes every entry that maps them, the contents are
-    /// gone, and the pages are absent until they are touched again.
-    ///
-    /// # Errors
-    /// A range that is empty, not page-aligned, or not inside the VM's memory.
-    pub fn notifier_unmap(&mut self, gpa: Gpa, size: u64) -> Result<(), ConfigError> {
-        self.check_range("unmap", gpa, size)?;
-        let (first, pages) = (gpa.gfn(), size / PAGE_SIZE);
-        self.shadow.events.unmap_hva_range(gpa, Gpa(gpa.0 + size));
-        let flush = self.shadow.unmap_range(first, pages);
-        self.pay_all(flush);
-        for gfn in first.0..first.0 + pages {
-            self.shadow.memory.host.set_state(Gfn(gfn), HostState::Absent);
-        }
-        Ok(())
-    }
-
-    /// Sets what the host has behind a range, as if it had always been so: entries that map it are taken away first.
-    ///
-    /// # Errors
-    /// A range that is empty, not aligned to the state's page size, or not inside the VM's memory.
-    pub fn set_host_pages(&mut self, gpa: Gpa, size: u64, state: HostState) -> Result<(), ConfigError> {
-        self.check_range("host pages", gpa, size)?;
-        let bytes = state.level().pages() * PAGE_SIZE;
-        if !gpa.0.is_multiple_of(bytes) || !size.is_multiple_of(bytes) {
-            return refuse!(
-                "host pages: gpa {gpa:#x} and size {size:#x} must be multiples of {bytes:#x} for huge pages"
-            );
-        }
-        let first = gpa.gfn();
-        let flush = self.shadow.unmap_range(first, size / PAGE_SIZE);
-        self.pay_all(flush);
-        for gfn in first.0..first.0 + size / PAGE_SIZE {
-            self.shadow.memory.host.set_state(Gfn(gfn), state);
-        }
-        Ok(())
-    }
-
-    fn check_range(&self, what: &str, gpa: Gpa, size: u64) -> Result<(), ConfigError> {
+    pub(super) fn check_range(&self, what: &str, gpa: Gpa, size: u64) -> Result<(), ConfigError> {
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) || gpa.offset() != 0 {
             return refuse!("{what}: gpa {gpa:#x} and size {size:#x} must be multiples of 4096, and the size not 0");
         }
@@ -217,6 +178,21 @@ impl Vm {
         Ok(self.shadow.memory.host.read_bytes(gpa, size))
     }
 
+    /// What a load of user space does to its pages: an absent one becomes the zero page.
+    ///
+    /// # Errors
+    /// A range that is not the VM's memory; nothing was changed.
+    pub fn touch(&mut self, gpa: Gpa, size: usize) -> Result<(), MemoryError> {
+        self.check_memory(gpa, size as u64)?;
+        let host = &mut self.shadow.memory.host;
+        for gfn in gpa.gfn().0..(gpa.0 + size as u64).div_ceil(PAGE_SIZE) {
+            if host.state(Gfn(gfn)) == HostState::Absent {
+                host.set_state(Gfn(gfn), HostState::Zero);
+            }
+        }
+        Ok(())
+    }
+
     /// The host writes a page that a recorded guest changed by stores that the recording left out. Synced shadow
     /// pages of the frame are zapped, as so many stores would have flooded them.
     ///
@@ -230,5 +206,52 @@ impl Vm {
             self.pay_all(flush);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ADDRESS_SPACES, Config, MMIO_GEN_BITS};
+    use crate::cpu::Registers;
+    use crate::events::EventLog;
+    use crate::fault::insn::{Action, Insn};
+    use crate::outcome::Status;
+    use crate::policy::Kvm;
+
+    #[test]
+    fn when_the_generation_of_mmio_entries_wraps_all_pages_go() {
+        let mut vm = Vm::new(1 << 20, 1, Config::default(), Box::new(Kvm), EventLog::EVERYTHING).expect("a good size");
+        let flat = Registers { cr0: 0x33, cr3: 0, cr4: 0, efer: 0, cs_l: false };
+        vm.set_sregs(0, flat).expect("paging off");
+        let device = Insn::new(Action::Load, 8 << 20, 8);
+        assert_eq!(vm.execute(0, &device).status, Status::Mmio);
+        vm.shadow.memory.generation = (1 << MMIO_GEN_BITS) - ADDRESS_SPACES;
+        let pages = vm.shadow.used_pages();
+        vm.add_slot(1, Gpa(2 << 20), 4096, false, false).expect("room there");
+        assert_eq!(vm.shadow.counters.mmu_shadow_zapped, pages, "an entry of the last round must not look valid now");
+        assert_eq!(vm.execute(0, &device).status, Status::Mmio);
+        vm.audit().expect("the state is whole");
+        vm.add_slot(2, Gpa(3 << 20), 4096, false, false).expect("room there");
+        assert_eq!(vm.shadow.counters.mmu_shadow_zapped, pages + 4, "once a round; the obsolete roots went for good");
+    }
+
+    #[test]
+    fn a_guest_page_of_1_gib_on_a_host_page_of_1_gib_is_one_leaf() {
+        let config = Config { cpu: crate::config::QEMU_TCG, ..Config::default() };
+        let mut vm = Vm::new(3 << 30, 1, config, Box::new(Kvm), 0).expect("a good size");
+        vm.set_host_pages(Gpa(1 << 30), 2 << 30, HostState::Huge1g).expect("aligned");
+        for (gpa, entry) in [(0x1000, 0x2067u64), (0x2008, 1 << 30 | 0xe7), (0x2010, 2 << 30 | 0xe7)] {
+            vm.write_memory(Gpa(gpa), &entry.to_le_bytes()).expect("inside");
+        }
+        vm.set_sregs(0, Registers { cr3: 0x1000, ..Registers::default() }).expect("long mode");
+        for gva in [1 << 30, (1 << 30) + (512 << 20), 2 << 30] {
+            assert_eq!(vm.execute(0, &Insn::new(Action::Load, gva, 8)).status, Status::Done);
+        }
+        assert_eq!((vm.counters().pages_1g, vm.vcpu_counters().pf_fixed), (2, 2));
+        vm.notifier_unmap(Gpa((1 << 30) + 0x5000), 0x1000).expect("memory");
+        assert_eq!(vm.execute(0, &Insn::new(Action::Load, 1 << 30, 8)).status, Status::Done);
+        assert_eq!((vm.counters().pages_1g, vm.counters().pages_2m), (1, 0), "the host's page was split to small ones");
+        vm.audit().expect("the state is whole");
     }
 }

@@ -2,11 +2,16 @@
 
 mod access;
 mod control;
+mod deliver;
+mod dirty;
 mod entry;
 mod host;
+mod notifier;
+mod registers;
 mod trace;
 
 pub use control::Control;
+pub use deliver::Delivery;
 pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
 
 use crate::config::{Config, MAX_MEMORY, MAX_VCPUS};
@@ -116,12 +121,21 @@ impl Vm {
     pub fn set_sregs(&mut self, vcpu: usize, regs: Registers) -> Result<(), ConfigError> {
         self.check_vcpu(vcpu)?;
         regs.check(&self.shadow.config.cpu)?;
-        if self.vcpus[vcpu].regs != regs {
-            self.with(vcpu, |ctx| {
-                ctx.vcpu.regs = regs;
-                ctx.reset_context();
-            });
+        self.with(vcpu, |ctx| ctx.set_sregs(regs));
+        Ok(())
+    }
+
+    /// Sets PKRU (the guest's WRPKRU does not exit).
+    ///
+    /// # Errors
+    /// The vCPU does not exist, or the profile has no protection keys; nothing was changed.
+    pub fn set_pkru(&mut self, vcpu: usize, value: u32) -> Result<(), ConfigError> {
+        self.check_vcpu(vcpu)?;
+        let cpu = &self.shadow.config.cpu;
+        if !cpu.pku {
+            return refuse!("pkru {value:#x}: profile {:?} has no protection keys", cpu.name);
         }
+        self.vcpus[vcpu].pkru = value;
         Ok(())
     }
 

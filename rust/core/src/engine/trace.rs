@@ -245,6 +245,7 @@ fn insn_of(row: &Row, action: Action, rip: Option<u64>) -> Result<Insn, String> 
         ac: row.flags & FLAG_AC != 0,
         system: row.flags & FLAG_IMPLICIT != 0,
         delivery: row.flags & FLAG_DELIVERY != 0,
+        soft: false,
         keep: row.flags & FLAG_KEEP != 0,
         rip,
         ..Insn::new(action, row.addr, row.size)

@@ -4,6 +4,7 @@
 
 mod text;
 
+use crate::outcome::RetPf;
 use crate::types::{Access, ErrorCode, Gpa, Gva};
 
 macro_rules! events {
@@ -48,7 +49,7 @@ events! {
     11 MarkMmioSpte "mark_mmio_spte" "an MMIO entry is written: a = address of the entry, b = gfn, code = access, c = generation";
     12 HandleMmioPageFault "handle_mmio_page_fault" "a fault on a valid MMIO entry: a = address, b = gfn, code = access";
     13 CheckMmioSpte "check_mmio_spte" "an MMIO entry's generation is compared: a = entry, b = KVM's generation, c = the entry's";
-    14 FastPageFault "fast_page_fault" "a fault is tried without the lock: a = address, code = error code, b = old entry, c = new, flag = result";
+    14 FastPageFault "fast_page_fault" "a fault is tried without the lock: a = address, code = error code, b = entry before, c = address of the entry, flag bit 0 = spurious, bit 1 = fixed (W is set now)";
     15 SpteRequested "kvm_mmu_spte_requested" "an entry is about to be made: a = gfn, b = pfn (bit 63 alone: no slot), level";
     16 SetSpte "kvm_mmu_set_spte" "an entry was written: a = gfn, b = entry, c = address of the entry, level";
     17 ZapAllFast "kvm_mmu_zap_all_fast" "all shadow pages become obsolete: level = old generation, a = used pages";
@@ -62,7 +63,7 @@ events! {
 
 /// A result of [`crate::engine`]'s `kvm_exit`: SVM's exit reasons that occur here, in the kernel's words.
 pub const EXIT_REASONS: &[&str] =
-    &["PF excp", "hlt", "io", "write_cr0", "cr0_sel_write", "write_cr3", "write_cr4", "invlpg", "msr"];
+    &["PF excp", "hlt", "io", "write_cr0", "cr0_sel_write", "write_cr3", "write_cr4", "invlpg", "msr", "invpcid"];
 
 /// One event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -217,6 +218,14 @@ impl EventLog {
     /// `kvm_mmu_set_spte`.
     pub fn set_spte(&mut self, gfn: u64, spte: u64, sptep: u64, level: u8) {
         self.push(EventKind::SetSpte, |e| (e.a, e.b, e.c, e.level) = (gfn, spte, sptep, level));
+    }
+
+    /// `fast_page_fault`.
+    pub fn fast_page_fault(&mut self, address: Gva, code: ErrorCode, old: u64, sptep: u64, result: RetPf) {
+        self.push(EventKind::FastPageFault, |e| {
+            (e.a, e.code, e.b, e.c) = (address.0, code.0 as u32, old, sptep);
+            e.flag = u8::from(result == RetPf::Spurious) | u8::from(result == RetPf::Fixed) << 1;
+        });
     }
 
     /// `kvm_mmu_zap_all_fast`.

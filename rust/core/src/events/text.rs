@@ -1,6 +1,7 @@
 //! The text form of the kernel's lines.
 
 use super::{EXIT_REASONS, Event, EventKind};
+use crate::bits::PT_W;
 use crate::role::Role;
 use crate::types::ErrorCode;
 use std::fmt;
@@ -82,8 +83,9 @@ impl Event {
             }
             EventKind::FastPageFault => {
                 let (spurious, fixed) = (self.flag & 1, self.flag >> 1);
+                let new = if fixed == 1 { self.b | PT_W } else { self.b };
                 write!(f, "vcpu {} gva {:x} error_code {} ", self.vcpu, self.a, self.error_code())?;
-                write!(f, "old {:#x} new {:x} spurious {spurious} fixed {fixed}", self.b, self.c)
+                write!(f, "sptep {:016x} old {:#x} new {new:x} spurious {spurious} fixed {fixed}", self.c, self.b)
             }
             EventKind::ZapAllFast => write!(f, "kvm-mmu-valid-gen {} used_pages {:x}", self.level, self.a),
             EventKind::UnmapHvaRange => write!(f, "mmu notifier unmap range: 0x{:014x} -- 0x{:014x}", self.a, self.b),
@@ -122,6 +124,7 @@ impl Event {
         match self.level {
             14 => write!(f, "#PF (0x{:x})", self.code)?,
             13 => write!(f, "#GP (0x{:x})", self.code)?,
+            3 => f.write_str("#BP")?,
             6 => f.write_str("#UD")?,
             8 => f.write_str("#DF (0x0)")?,
             other => write!(f, "vector {other}")?,

@@ -1,6 +1,6 @@
 //! The instruction emulator, as far as the shadow MMU can see it (`x86_emulate_instruction`, 6.1).
 
-use crate::cpu::Vcpu;
+use crate::bits::CR4_PAE;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx, Stop};
 use crate::guest::permission::permission_fault;
@@ -89,7 +89,7 @@ impl Ctx<'_> {
         let here = (insn.rip_or_zero(), gva.0);
         let last = std::mem::take(&mut self.vcpu.last_retry);
         let writes_tables = match insn.action {
-            Action::Store | Action::Rmw(_) => insn.writes_tables,
+            Action::Store | Action::Copy | Action::Rmw(_) => insn.writes_tables,
             Action::Load | Action::Fetch => false,
         };
         if !how.allow_retry || writes_tables || last == here {
@@ -143,6 +143,16 @@ impl Ctx<'_> {
             // Its bytes are there; what they do is the next operation.
             Action::Fetch => {}
             Action::Load => self.emulated_read(insn, &mut effect)?,
+            Action::Copy => {
+                while effect.elements < insn.repeat && effect.mmio.is_none() {
+                    let element = insn.element(effect.elements);
+                    let mut load = Effect::default();
+                    self.emulated_read(&element.loading(), &mut load)?;
+                    effect.mmio = load.mmio;
+                    self.emulated_write(&element, load.value, &mut effect)?;
+                    effect.elements += 1;
+                }
+            }
             // REP: every element that is left, one after the other, in this one exit. One that goes to a device ends
             // the exit; its completion in user space enters the guest at the same RIP.
             Action::Store => {
@@ -170,7 +180,7 @@ impl Ctx<'_> {
             }
         }
         effect.value &= mask(insn.size);
-        if insn.action == Action::Store {
+        if matches!(insn.action, Action::Store | Action::Copy) {
             effect.value = 0;
         }
         Ok(effect)
@@ -181,7 +191,8 @@ impl Ctx<'_> {
         let user = insn.user && !insn.implicit();
         let mut access = ErrorCode::U.when(user).with(ErrorCode::W.when(write));
         let cached = self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
-        if cached && !permission_fault(&self.vcpu.role, self.vcpu.mmio.access, access, insn.ac) {
+        let paging = self.vcpu.role.mode.has_tables();
+        if cached && !(paging && permission_fault(&self.vcpu.role, self.vcpu.mmio.access, access, insn.ac)) {
             let gpa = Gpa(self.vcpu.mmio.gfn.gpa().0 | gva.offset());
             self.shadow.events.match_mmio(gva, gpa, write, false);
             return Ok(Operand::Mmio(gpa));
@@ -193,7 +204,7 @@ impl Ctx<'_> {
         if gpa.gfn().0 == APIC_GFN {
             return Ok(Operand::Mmio(gpa));
         }
-        if mmio_gfn_matches(self.vcpu, gpa, self.shadow.memory.generation) {
+        if self.vcpu.mmio_gfn_matches(gpa.gfn(), self.shadow.memory.generation) {
             self.shadow.events.match_mmio(gva, gpa, write, true);
             return Ok(Operand::Mmio(gpa));
         }
@@ -235,12 +246,12 @@ impl Ctx<'_> {
             if size == 0 {
                 continue;
             }
-            let part = slice(value, done, size);
+            let part = slice(insn.wide(value), done, size);
             match self.locate(insn, gva, true)? {
                 Operand::Ram(gpa) => self.write_ram(insn, gpa, size, part),
                 Operand::Mmio(gpa) => {
                     effect.mmio.get_or_insert(gpa.0);
-                    self.shadow.events.mmio(2, size, gpa, part);
+                    self.shadow.events.mmio(2, size, gpa, part as u64);
                 }
             }
             done += size;
@@ -248,16 +259,13 @@ impl Ctx<'_> {
         Ok(())
     }
 
-    fn write_ram(&mut self, insn: &Insn, gpa: Gpa, size: u8, value: u64) {
+    fn write_ram(&mut self, insn: &Insn, gpa: Gpa, size: u8, value: u128) {
         self.host_makes_writable(gpa.gfn());
         if !insn.keep {
-            self.shadow.memory.host.write(gpa, size.min(8), value);
-            if size > 8 {
-                self.shadow.memory.host.write(Gpa(gpa.0 + 8), size - 8, 0);
-            }
+            self.shadow.memory.host.write_wide(gpa, size, value);
         }
         self.shadow.memory.mark_dirty(gpa.gfn());
-        let flush = self.shadow.pte_write(gpa, size);
+        let flush = self.shadow.pte_write(gpa, size, self.vcpu.regs.cr4 & CR4_PAE != 0);
         self.pay(flush);
     }
 
@@ -281,13 +289,9 @@ impl Ctx<'_> {
             effect.again = true;
             return Ok(());
         }
-        self.write_ram(insn, gpa, insn.size, new);
+        self.write_ram(insn, gpa, insn.size, u128::from(new));
         Ok(())
     }
-}
-
-fn mmio_gfn_matches(vcpu: &Vcpu, gpa: Gpa, generation: u64) -> bool {
-    vcpu.mmio.gfn == gpa.gfn() && vcpu.mmio.gfn.0 != 0 && vcpu.mmio.generation == generation
 }
 
 /// The frame of the local APIC's default page.

@@ -27,20 +27,32 @@ impl Ctx<'_> {
     /// leaf. `Retry` if a guest entry changed in the meantime.
     pub(crate) fn fetch(&mut self, fault: &mut Fault, walk: &GuestWalk, root: PageId) -> RetPf {
         let mut group = [Gpte(0); PREFETCH];
-        if self.gpte_changed(fault, walk, self.vcpu.role.mode.root, &mut group) {
+        let top = self.vcpu.role.mode.top;
+        if self.gpte_changed(fault, walk, top, &mut group) {
             return RetPf::Retry;
         }
         let mut id = root;
-        for level in (walk.level.0 + 1..=self.vcpu.role.mode.root.0).rev() {
+        for level in (walk.level.0 + 1..=top.0).rev() {
             match self.descend_indirect(id, Level(level), fault, walk, &mut group) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
             }
         }
+        self.map((id, walk.level), fault, walk.pte_access, &group)
+    }
+
+    /// Makes the leaf of a fault below a table: direct pages down to the size that it gets, then the entry, then its
+    /// neighbours. With paging off it is all there is to do (`direct_map`, 6.1).
+    pub(crate) fn map(
+        &mut self,
+        (mut id, mut level): (PageId, Level),
+        fault: &Fault,
+        access: Access,
+        group: &[Gpte; PREFETCH],
+    ) -> RetPf {
         let mut goal = self.hugepage_adjust(fault);
         let pfn = fault.pfn.map(|pfn| pfn.0);
         self.shadow.events.spte_requested(fault.gfn.0, pfn, goal.level.0);
-        let mut level = walk.level;
         let (pos, base) = loop {
             self.shadow.arena[id].flood = 0;
             let pos = id.entry(fault.gva.index(level));
@@ -51,12 +63,12 @@ impl Ctx<'_> {
             if level == goal.level {
                 break (pos, base);
             }
-            id = self.descend_direct(pos, base, walk.pte_access, goal);
+            id = self.descend_direct(pos, base, access, goal);
             level = level.down();
         };
         let leaf = Leaf {
             gfn: base,
-            access: walk.pte_access,
+            access,
             pfn: fault.pfn.map(|pfn| Pfn(pfn.0 & !(level.pages() - 1))),
             host_writable: fault.map_writable,
             prefetch: false,
@@ -66,7 +78,7 @@ impl Ctx<'_> {
         self.pay(flush);
         self.vcpu.counters.pf_mmio_spte_created += u64::from(leaf.pfn.is_none());
         if result != RetPf::Spurious {
-            self.prefetch_around(pos, &group);
+            self.prefetch_around(pos, group);
         }
         result
     }
@@ -75,10 +87,11 @@ impl Ctx<'_> {
     /// (`FNAME(gpte_changed)`, 6.1).
     fn gpte_changed(&mut self, fault: &Fault, walk: &GuestWalk, level: Level, group: &mut [Gpte; PREFETCH]) -> bool {
         let at = usize::from(level.0) - 1;
-        let (table, index) = (walk.tables[at], fault.gva.index(level));
-        let Some(now) = self.shadow.read_gpte_atomic(table, index) else { return true };
+        let mode = self.vcpu.role.mode;
+        let (table, index) = (walk.tables[at], mode.index(fault.gva, level));
+        let Some(now) = self.shadow.read_gpte_atomic(table, index, mode.entry_bytes) else { return true };
         if level == Level::PT {
-            *group = self.shadow.memory.host.entry_group(table, index).map(Gpte);
+            *group = self.shadow.memory.host.entry_group(table, index, mode.entry_bytes).map(Gpte);
         }
         now != walk.ptes[at]
     }
@@ -95,7 +108,7 @@ impl Ctx<'_> {
         self.shadow.arena[id].flood = 0;
         let pos = id.entry(fault.gva.index(level));
         let below = usize::from(level.0) - 2;
-        let role = self.shadow.arena[id].role.child(false, walk.pt_access[below]);
+        let role = self.shadow.arena[id].role.child(pos.index(), false, walk.pt_access[below]);
         let gfn = walk.tables[below];
         let new = (!self.shadow.is_linked(pos, gfn, role)).then(|| self.find_child(gfn, role));
         if self.gpte_changed(fault, walk, level.down(), group) {
@@ -152,7 +165,7 @@ impl Ctx<'_> {
     /// One step down below a large guest page: a direct page with the rights of the walk.
     fn descend_direct(&mut self, pos: SptePos, base: Gfn, access: Access, goal: Goal) -> PageId {
         let level = self.shadow.arena[pos.page()].level();
-        let role = self.shadow.arena[pos.page()].role.child(true, access);
+        let role = self.shadow.arena[pos.page()].role.child(pos.index(), true, access);
         let spte = self.shadow.spte(pos);
         if spte.is_table(level.0) && self.shadow.arena[spte.child()].role.access() != access {
             // The rights of the large page changed (validate_direct_spte, 6.1).
@@ -165,7 +178,9 @@ impl Ctx<'_> {
         let (child, flush) = self.shadow.get_page(base, role, &self.vcpu.role);
         self.pay(flush);
         let child = self.link_if_new(pos, Some(child));
-        if goal.disallowed && goal.requested >= level && !self.shadow.arena[child].nx_split {
+        // With paging off the split is not counted (direct_map asks for is_tdp, 6.1).
+        let counts = self.vcpu.role.mode.has_tables() && goal.disallowed && goal.requested >= level;
+        if counts && !self.shadow.arena[child].nx_split {
             self.shadow.arena[child].nx_split = true;
             self.shadow.counters.nx_lpage_splits += 1;
         }

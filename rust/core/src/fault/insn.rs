@@ -28,6 +28,8 @@ pub enum Action {
     Store,
     /// Loads, computes, stores.
     Rmw(RmwKind),
+    /// Loads it from another place and stores it (MOVS).
+    Copy,
     /// Is fetched from there: the address is the instruction's own.
     Fetch,
 }
@@ -39,10 +41,14 @@ pub struct Insn {
     pub action: Action,
     /// Where.
     pub gva: Gva,
-    /// Operand bytes: 1, 2, 4, 8, or 16 (two halves of `value`'s zero-extension: an SSE store of zeros above).
+    /// Operand bytes: 1 to 8, or 16.
     pub size: u8,
     /// The value stored, or the operand of a read-modify-write.
     pub value: u64,
+    /// The upper half of a value of 16 bytes.
+    pub high: u64,
+    /// Where a copy comes from.
+    pub source: Gva,
     /// What CMPXCHG compares with; `None` compares equal.
     pub expected: Option<u64>,
     /// LOCK prefix (XCHG always has it).
@@ -57,11 +63,13 @@ pub struct Insn {
     pub system: bool,
     /// An access of event delivery.
     pub delivery: bool,
+    /// The event that is delivered is INT3 or INT n; `rip` is that instruction's.
+    pub soft: bool,
     /// The store leaves memory as it is.
     pub keep: bool,
     /// REP prefix.
     pub rep: bool,
-    /// Elements that are stored one after the other (REP STOS); 1 for everything else.
+    /// Elements that are stored one after the other (REP STOS, REP MOVS); 1 for everything else.
     pub repeat: u32,
     /// Its address; with one, it is fetched through the shadow first. For a fetch: the jump that leads there.
     pub rip: Option<u64>,
@@ -78,6 +86,8 @@ impl Insn {
             gva: Gva(gva),
             size,
             value: 0,
+            high: 0,
+            source: Gva(0),
             expected: None,
             locked: true,
             writes_tables: true,
@@ -85,6 +95,7 @@ impl Insn {
             ac: false,
             system: false,
             delivery: false,
+            soft: false,
             keep: false,
             rep: false,
             repeat: 1,
@@ -99,6 +110,7 @@ impl Insn {
     pub const fn element(&self, done: u32) -> Self {
         let mut rest = *self;
         rest.gva = Gva(self.gva.0.wrapping_add(done as u64 * self.size as u64));
+        rest.source = Gva(self.source.0.wrapping_add(done as u64 * self.size as u64));
         rest.repeat = self.repeat - done;
         rest
     }
@@ -138,12 +150,27 @@ impl Insn {
         }
     }
 
-    /// The accesses that the CPU makes in order; QEMU's TCG makes a read-modify-write read first.
+    /// The half of a copy that loads.
+    #[must_use]
+    pub const fn loading(&self) -> Self {
+        let mut load = *self;
+        load.action = Action::Load;
+        load.gva = self.source;
+        load
+    }
+
+    /// The value to store, with `low` for its lower half.
+    #[must_use]
+    pub const fn wide(&self, low: u64) -> u128 {
+        (self.high as u128) << 64 | low as u128
+    }
+
+    /// The accesses to its destination that the CPU makes in order; QEMU's TCG makes a read-modify-write read first.
     #[must_use]
     pub const fn kinds(&self, rmw_reads_first: bool) -> &'static [AccessKind] {
         match self.action {
             Action::Load => &[AccessKind::Read],
-            Action::Store => &[AccessKind::Write],
+            Action::Store | Action::Copy => &[AccessKind::Write],
             Action::Fetch => &[AccessKind::Fetch],
             Action::Rmw(_) if rmw_reads_first => &[AccessKind::Read, AccessKind::Write],
             Action::Rmw(_) => &[AccessKind::Write],
@@ -162,7 +189,9 @@ impl Insn {
                 Some(expected) if expected & mask(self.size) != old & mask(self.size) => (old, false),
                 _ => (self.value, true),
             },
-            Action::Rmw(RmwKind::Xchg) | Action::Load | Action::Store | Action::Fetch => (self.value, true),
+            Action::Rmw(RmwKind::Xchg) | Action::Load | Action::Store | Action::Copy | Action::Fetch => {
+                (self.value, true)
+            }
         }
     }
 }
@@ -173,10 +202,11 @@ pub const fn mask(size: u8) -> u64 {
     if size >= 8 { !0 } else { (1 << (size * 8)) - 1 }
 }
 
-/// `size` bytes of a value from byte `from` on; bytes from 8 on are 0.
+/// `size` bytes of a value from byte `from` on.
 #[must_use]
-pub const fn slice(value: u64, from: u8, size: u8) -> u64 {
-    if from >= 8 { 0 } else { value >> (from * 8) & mask(size) }
+pub const fn slice(value: u128, from: u8, size: u8) -> u128 {
+    let rest = value >> (from * 8);
+    if size >= 16 { rest } else { rest & ((1 << (size * 8)) - 1) }
 }
 
 #[cfg(test)]
@@ -190,6 +220,7 @@ mod tests {
         assert_eq!(Insn::new(Action::Load, 0x1ff8, 8).pieces()[1].1, 0);
         assert_eq!(slice(0x8877_6655_4433_2211, 3, 5), 0x88_7766_5544);
         assert_eq!(slice(1, 8, 8), 0);
+        assert_eq!(slice(7 << 64 | 1, 8, 8), 7);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! From a #PF exit to its end: MMIO, the guest's walk, repair of the shadow, emulation.
 
+pub mod direct;
 pub mod emulate;
 pub mod fetch;
 pub mod insn;
@@ -7,15 +8,20 @@ pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
 
-use crate::bits::PT_ADDR;
+use crate::bits::{CR4_LA57, PT_ADDR};
 use crate::cpu::{Requests, Vcpu};
 use crate::guest::walk::{GuestFault, GuestWalk, Walker, walk_addr};
 use crate::hw::walk::CpuView;
 use crate::memory::HostState;
-use crate::outcome::Outcome;
+use crate::mode::{LEVEL4, LEVEL5};
+use crate::outcome::{Outcome, Status};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{ErrorCode, Gfn, Gpa, Gva};
 use insn::Insn;
+
+/// The vectors of #DF and #PF.
+pub(crate) const DOUBLE_FAULT: u8 = 8;
+pub(crate) const PAGE_FAULT: u8 = 14;
 
 /// How an exit was handled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,7 +80,12 @@ impl Ctx<'_> {
 
     /// A guest walk as the vCPU would make it.
     pub(crate) fn walk(&mut self, gva: Gva, access: ErrorCode, ac: bool) -> Result<GuestWalk, GuestFault> {
-        let walker = Walker { role: &self.vcpu.role, cr3: self.vcpu.regs.cr3 & PT_ADDR, ac };
+        let vcpu = &*self.vcpu;
+        if !vcpu.role.mode.has_tables() {
+            return Ok(GuestWalk::flat(gva));
+        }
+        let cr3 = vcpu.regs.cr3 & PT_ADDR;
+        let walker = Walker { role: &vcpu.role, cr3, pdptes: &vcpu.pdptes, ac, pkru: vcpu.pkru };
         walk_addr(&mut self.shadow.memory, &mut self.shadow.events, &walker, gva, access)
     }
 
@@ -85,6 +96,7 @@ impl Ctx<'_> {
             user,
             smep: self.vcpu.role.smep,
             smap: self.vcpu.role.smap && (insn.implicit() || !insn.ac),
+            key0: if self.vcpu.role.pke { self.vcpu.pkru & 3 } else { 0 },
             rsvd_sets_p: self.shadow.config.cpu.rsvd_sets_p,
         }
     }
@@ -92,15 +104,35 @@ impl Ctx<'_> {
     /// Gives a page fault to the guest (`kvm_inject_emulated_page_fault`, 6.1). If the translation was present the
     /// CPU may hold it, so its address is invalidated in the current root first.
     pub(crate) fn inject(&mut self, fault: GuestFault) -> Outcome {
-        if fault.code.has(ErrorCode::P) && !fault.code.has(ErrorCode::RSVD) && fault.address.is_canonical() {
+        if fault.code.has(ErrorCode::P) && !fault.code.has(ErrorCode::RSVD) && !self.is_noncanonical(fault.address) {
             let flush = self.shadow.invlpg(self.vcpu, fault.address, false);
             self.pay(flush);
         }
         self.vcpu.counters.pf_guest += 1;
+        self.vcpu.cr2 = fault.address.0;
         let code = fault.code.0 as u32;
-        self.shadow.events.inj_exception(14, code, false);
-        self.vcpu.injected = Some((14, code));
+        // kvm_multiple_exception (6.1): a #PF while another is delivered becomes #DF, while #DF is delivered a shutdown.
+        // After any other event it is itself; contributory exceptions only combine among each other.
+        match self.vcpu.delivering {
+            Some(DOUBLE_FAULT) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
+            Some(PAGE_FAULT) => {
+                self.queue_exception(DOUBLE_FAULT, 0);
+                return Outcome { address: fault.address.0, ..Outcome::of(Status::DoubleFault) };
+            }
+            _ => self.queue_exception(PAGE_FAULT, code),
+        }
         Outcome::page_fault(fault.address.0, fault.code)
+    }
+
+    fn queue_exception(&mut self, vector: u8, code: u32) {
+        self.shadow.events.inj_exception(vector, code, false);
+        self.vcpu.injected = Some((vector, code));
+    }
+
+    /// Whether KVM takes an address for impossible (`is_noncanonical_address`, 6.1), which does not ask for the mode.
+    pub(crate) fn is_noncanonical(&self, gva: Gva) -> bool {
+        let mode = if self.vcpu.regs.cr4 & CR4_LA57 != 0 { &LEVEL5 } else { &LEVEL4 };
+        !mode.takes(gva)
     }
 
     /// Makes sure that the host may write a frame's page. A write to the shared zero page gives the frame a page of
@@ -128,7 +160,7 @@ impl Shadow {
                 self.memory.host.set_state(gfn, HostState::Writable);
                 Flush::NONE
             }
-            HostState::Zero => {
+            HostState::Zero | HostState::Shared => {
                 self.events.unmap_hva_range(gfn.gpa(), Gpa(gfn.gpa().0 + 4096));
                 let flush = self.unmap_range(gfn, 1);
                 self.events.set_spte_hva(gfn.gpa());

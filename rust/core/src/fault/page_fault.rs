@@ -1,10 +1,11 @@
 //! The #PF exit (`kvm_mmu_page_fault` and `FNAME(page_fault)`, 6.1).
 
+use crate::cpu::Requests;
 use crate::fault::emulate::Emulation;
 use crate::fault::insn::Insn;
 use crate::fault::{After, Ctx};
 use crate::guest::walk::{GuestFault, GuestWalk};
-use crate::memory::{Host, HostState};
+use crate::memory::HostState;
 use crate::outcome::{Outcome, RetPf, Status};
 use crate::types::{Access, ErrorCode, Gfn, Gva, Level, Pfn};
 
@@ -28,7 +29,7 @@ pub(crate) struct Fault {
 }
 
 /// How the mode's handler ended.
-enum Handled {
+pub(crate) enum Handled {
     Result(RetPf),
     Guest(GuestFault),
     OutOfPages,
@@ -53,7 +54,13 @@ impl Ctx<'_> {
         }
         self.vcpu.counters.pf_taken += 1;
         let mut write_to_table = false;
-        let result = match self.page_fault(insn, gva, code.without(ErrorCode::RSVD), &mut write_to_table) {
+        let direct = !self.vcpu.role.mode.has_tables();
+        let handled = if direct {
+            self.direct_page_fault(gva, code)
+        } else {
+            self.page_fault(insn, gva, code.without(ErrorCode::RSVD), &mut write_to_table)
+        };
+        let result = match handled {
             Handled::Guest(fault) => return After::Finished(self.inject(fault)),
             Handled::OutOfPages => return After::Finished(Outcome::of(Status::InternalError)),
             Handled::Result(result) => result,
@@ -65,15 +72,26 @@ impl Ctx<'_> {
             RetPf::Continue | RetPf::Retry | RetPf::Invalid => {}
         }
         if result == RetPf::Emulate {
-            let allow_retry = !self.vcpu.mmio_matches(gva, self.shadow.memory.generation);
+            let allow_retry = !self.mmio_in_cache(gva);
             return self.emulate(insn, gva, Emulation { allow_retry, write_to_table });
         }
-        if insn.delivery
-            && let Some((vector, code)) = self.vcpu.injected
-        {
-            self.shadow.events.inj_exception(vector, code, true);
+        if insn.delivery {
+            self.reinject(insn);
         }
         After::Resume
+    }
+
+    /// The event whose delivery faulted goes in again. A soft one (INT3, INT n) pushes the RIP behind its instruction,
+    /// which hardware without next RIP leaves to KVM's decoder, at the next entry (`svm_update_soft_interrupt_rip`, 6.1).
+    fn reinject(&mut self, insn: &Insn) {
+        if insn.soft {
+            if !self.shadow.config.cpu.nrips {
+                self.vcpu.soft_event = (Gva(insn.rip_or_zero()), insn.user);
+                self.vcpu.requests.raise(Requests::EVENT);
+            }
+        } else if let Some((vector, code)) = self.vcpu.injected {
+            self.shadow.events.inj_exception(vector, code, true);
+        }
     }
 
     fn count_exit(&mut self, insn: &Insn, gva: Gva, code: ErrorCode) {
@@ -95,6 +113,9 @@ impl Ctx<'_> {
     /// A fault while an event was being delivered: whatever lies at the address must not need emulation, so it stops
     /// being a shadowed table (`kvm_mmu_unprotect_page_virt`, 6.1). The walk has the CPL from before the delivery.
     fn unprotect_for_delivery(&mut self, insn: &Insn, gva: Gva) {
+        if !self.vcpu.role.mode.has_tables() {
+            return;
+        }
         let access = ErrorCode::U.when(insn.user);
         if let Ok(walk) = self.walk(gva, access, insn.ac) {
             let flush = self.shadow.unprotect(walk.gfn);
@@ -107,7 +128,7 @@ impl Ctx<'_> {
             Ok(walk) => walk,
             Err(fault) => return Handled::Guest(fault),
         };
-        let Some(root) = self.vcpu.root.page else { return Handled::Result(RetPf::Retry) };
+        let Some(root) = self.vcpu.root.table(gva) else { return Handled::Result(RetPf::Retry) };
         let (write, user) = (code.has(ErrorCode::W), code.has(ErrorCode::U));
         if write && code.has(ErrorCode::P) && self.shadow.write_tracked(walk.gfn) {
             self.shadow.clear_flood_path(root, gva);
@@ -132,13 +153,27 @@ impl Ctx<'_> {
             self.cache_mmio(gva, fault.gfn, walk.pte_access.and(Access::W.with(Access::U)));
         }
         let walk = self.emulate_cr0_wp(&fault, walk);
+        match self.ready_to_map(&fault) {
+            Some(other) => other,
+            None => Handled::Result(self.fetch(&mut fault, &walk, root)),
+        }
+    }
+
+    /// What has to hold before entries are made, in the modes' common order: free pages, and nothing that became stale
+    /// since the host's page was looked up (`is_page_fault_stale`, 6.1).
+    pub(crate) fn ready_to_map(&mut self, fault: &Fault) -> Option<Handled> {
         let (available, flush) = self.shadow.make_pages_available();
         self.pay(flush);
         if !available {
-            return Handled::OutOfPages;
+            return Some(Handled::OutOfPages);
         }
-        let stale = !self.shadow.is_valid(root) || fault.seq != self.shadow.invalidate_seq;
-        Handled::Result(if stale { RetPf::Retry } else { self.fetch(&mut fault, &walk, root) })
+        let root_is_stale = match self.vcpu.root.page() {
+            Some(root) => !self.shadow.is_valid(root),
+            // The four pages of a PAE root are not looked at: the request that came with a zap says it.
+            None => self.vcpu.requests.pending(Requests::FREE_OBSOLETE_ROOTS),
+        };
+        let stale = root_is_stale || fault.seq != self.shadow.invalidate_seq;
+        stale.then_some(Handled::Result(RetPf::Retry))
     }
 
     /// Whether one of the tables of the walk lies in the very page that the leaf maps; then the page is mapped small.
@@ -148,7 +183,7 @@ impl Ctx<'_> {
             return false;
         }
         let mut self_changing = false;
-        for level in walk.level.0..=self.vcpu.role.mode.root.0 {
+        for level in walk.level.0..=self.vcpu.role.mode.top.0 {
             let table = walk.tables[usize::from(level) - 1];
             self_changing |= walk.gfn.round(walk.level) == table.round(walk.level);
             *write_to_table |= walk.gfn == table;
@@ -157,7 +192,7 @@ impl Ctx<'_> {
     }
 
     /// Finds the host page (`kvm_faultin_pfn`, 6.1). `false`: a write to a read-only slot, to be emulated.
-    fn faultin(&mut self, fault: &mut Fault) -> bool {
+    pub(crate) fn faultin(&mut self, fault: &mut Fault) -> bool {
         let Some(slot) = self.shadow.memory.slot(fault.gfn) else { return true };
         let readonly = slot.readonly;
         if readonly && fault.write {
@@ -169,7 +204,7 @@ impl Ctx<'_> {
             self.shadow.memory.host.set_state(fault.gfn, HostState::Zero);
         }
         let state = self.shadow.memory.host.state(fault.gfn);
-        fault.pfn = Some(if state == HostState::Zero { Host::ZERO_PFN } else { Host::pfn(fault.gfn) });
+        fault.pfn = Some(self.shadow.memory.host.frame(fault.gfn));
         fault.map_writable = state.writable() && !readonly;
         true
     }

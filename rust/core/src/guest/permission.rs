@@ -29,6 +29,17 @@ pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, a
     false
 }
 
+/// Whether PKRU forbids an access to a page with the rights `have` and the protection key `key` (`permission_fault`,
+/// 6.1; SDM vol. 3 section 4.6.2). Fetches and supervisor pages have no keys.
+#[must_use]
+pub const fn key_fault(role: &CpuRole, pkru: u32, key: u32, have: Access, access: ErrorCode) -> bool {
+    if !role.pke || access.has(ErrorCode::F) || !have.has(Access::U) {
+        return false;
+    }
+    let bits = pkru >> (2 * key);
+    bits & 1 != 0 || bits & 2 != 0 && access.has(ErrorCode::W) && (access.has(ErrorCode::U) || role.wp)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,5 +64,18 @@ mod tests {
         assert!(!permission_fault(&smap, ux, ErrorCode(0), true));
         assert!(permission_fault(&smap, ux, ErrorCode::IMPLICIT, true));
         assert!(!permission_fault(&smap, ux, f, false));
+    }
+    #[test]
+    fn keys_forbid_data_of_user_pages() {
+        let role = CpuRole { pke: true, ..CpuRole::of(&Registers::default(), &ZEN) };
+        let (none, write) = (ErrorCode(0), ErrorCode::W);
+        let fault = |role: &CpuRole, pkru, have, access| key_fault(role, pkru, 3, have, access);
+        assert!(fault(&role, 1 << 6, Access::ALL, none), "AD of key 3");
+        assert!(!fault(&role, 1 << 4, Access::ALL, none), "another key");
+        assert!(!fault(&role, 1 << 7, Access::ALL, none) && fault(&role, 1 << 7, Access::ALL, write), "WD");
+        assert!(!fault(&CpuRole { wp: false, ..role }, 1 << 7, Access::ALL, write));
+        assert!(!fault(&role, 1 << 6, Access::W, none), "a supervisor page");
+        assert!(!fault(&role, 1 << 6, Access::ALL, ErrorCode::F));
+        assert!(!fault(&CpuRole { pke: false, ..role }, 1 << 6, Access::ALL, none));
     }
 }

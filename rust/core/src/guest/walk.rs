@@ -4,9 +4,8 @@ use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
 use crate::events::EventLog;
 use crate::guest::gpte::Gpte;
-use crate::guest::permission::permission_fault;
+use crate::guest::permission::{key_fault, permission_fault};
 use crate::memory::{HostState, Memory};
-use crate::mode::Mode;
 use crate::types::{Access, ErrorCode, Gfn, Gpa, Gva, Level};
 
 /// Who walks: the vCPU's state that the walk obeys.
@@ -16,8 +15,25 @@ pub struct Walker<'a> {
     pub role: &'a CpuRole,
     /// The root of the tables.
     pub cr3: u64,
+    /// The PDPTE registers.
+    pub pdptes: &'a [u64; 4],
     /// EFLAGS.AC.
     pub ac: bool,
+    /// PKRU.
+    pub pkru: u32,
+}
+
+impl Walker<'_> {
+    /// The table where the walk for an address begins. PAE: the frame in the PDPTE register, which is not checked
+    /// again; `None` if it is not present.
+    fn top_table(&self, events: &mut EventLog, gva: Gva) -> Option<Gfn> {
+        if !self.role.mode.pdptes {
+            return Some(Gpte(self.cr3).gfn());
+        }
+        let pdpte = Gpte(self.pdptes[(gva.0 >> 30) as usize & 3]);
+        events.paging_element(pdpte.0, 3);
+        pdpte.present().then(|| pdpte.gfn())
+    }
 }
 
 /// What a walk found. Arrays are indexed by level - 1.
@@ -35,6 +51,26 @@ pub struct GuestWalk {
     pub pt_access: [Access; 5],
     /// The rights of the whole walk, without W while the page is clean.
     pub pte_access: Access,
+}
+
+impl GuestWalk {
+    /// The translation with paging off: every address is its own, every access is allowed, and nothing is raised
+    /// (`nonpaging_gva_to_gpa`, 6.1).
+    #[must_use]
+    pub const fn flat(gva: Gva) -> Self {
+        Self { gfn: Gfn(gva.0 >> 12), ..Self::start(Level::PT) }
+    }
+
+    const fn start(level: Level) -> Self {
+        Self {
+            level,
+            gfn: Gfn(0),
+            ptes: [Gpte(0); 5],
+            tables: [Gfn(0); 5],
+            pt_access: [Access::ALL; 5],
+            pte_access: Access::ALL,
+        }
+    }
 }
 
 /// The guest forbids the access.
@@ -71,7 +107,7 @@ pub fn walk_addr(
                 return Err(GuestFault { address: gva, code });
             }
         };
-        if update_accessed_dirty(memory, events, walker.role.mode, gva, access, &mut walk) {
+        if update_accessed_dirty(memory, events, walker.role, gva, access, &mut walk) {
             return Ok(walk);
         }
     }
@@ -85,24 +121,18 @@ fn descend(
     gva: Gva,
     access: ErrorCode,
 ) -> Result<GuestWalk, ErrorCode> {
-    let mut walk = GuestWalk {
-        level: walker.role.mode.root,
-        gfn: Gfn(0),
-        ptes: [Gpte(0); 5],
-        tables: [Gfn(0); 5],
-        pt_access: [Access::ALL; 5],
-        pte_access: Access::ALL,
-    };
-    let mut table = Gpte(walker.cr3).gfn(Level::PT);
+    let (role, mode) = (walker.role, walker.role.mode);
+    let mut walk = GuestWalk::start(mode.top);
+    let Some(mut table) = walker.top_table(events, gva) else { return Err(ErrorCode(0)) };
     let mut granted = Access::ALL;
-    let mut level = walker.role.mode.root;
+    let mut level = mode.top;
     let leaf = loop {
         let at = usize::from(level.0) - 1;
         walk.pt_access[at] = granted;
         if memory.slot(table).is_none() {
             return Err(ErrorCode(0));
         }
-        let (state, entry) = memory.host.state_and_entry(table, walker.role.mode.index(gva, level));
+        let (state, entry) = memory.host.state_and_entry(table, mode.index(gva, level), mode.entry_bytes);
         if state == HostState::Absent {
             // Reading an absent page brings in the shared zero page.
             memory.host.set_state(table, HostState::Zero);
@@ -113,21 +143,22 @@ fn descend(
         if !pte.present() {
             return Err(ErrorCode(0));
         }
-        if pte.has_reserved(walker.role, level) {
+        if pte.has_reserved(role, level) {
             return Err(ErrorCode::P.with(ErrorCode::RSVD));
         }
         granted = granted.and(pte.access());
-        if pte.is_leaf(level) {
+        if pte.is_leaf(role, level) {
             break pte;
         }
-        table = pte.gfn(Level::PT);
+        table = pte.gfn();
         level = level.down();
     };
-    if permission_fault(walker.role, granted, access, walker.ac) {
-        return Err(ErrorCode::P);
+    let by_key = key_fault(role, walker.pkru, leaf.key(), granted, access);
+    if by_key || permission_fault(role, granted, access, walker.ac) {
+        return Err(ErrorCode::P.with(ErrorCode::PK.when(by_key)));
     }
     walk.level = level;
-    walk.gfn = Gfn(leaf.gfn(level).0 + ((gva.0 >> 12) & (level.pages() - 1)));
+    walk.gfn = Gfn(leaf.leaf_gfn(mode, level).0 + ((gva.0 >> 12) & (mode.pages(level) - 1)));
     walk.pte_access = if access.has(ErrorCode::W) { granted } else { leaf.protect_clean(granted) };
     Ok(walk)
 }
@@ -138,17 +169,18 @@ fn descend(
 fn update_accessed_dirty(
     memory: &mut Memory,
     events: &mut EventLog,
-    mode: &Mode,
+    role: &CpuRole,
     gva: Gva,
     access: ErrorCode,
     walk: &mut GuestWalk,
 ) -> bool {
     let write = access.has(ErrorCode::W);
-    for level in (walk.level.0..=mode.root.0).rev() {
+    let (mode, bytes) = (role.mode, role.mode.entry_bytes);
+    for level in (walk.level.0..=mode.top.0).rev() {
         let at = usize::from(level) - 1;
         let (table, index) = (walk.tables[at], mode.index(gva, Level(level)));
         let (old, mut new) = (walk.ptes[at], walk.ptes[at].0);
-        let gpa = Gpa(table.gpa().0 + 8 * index as u64);
+        let gpa = Gpa(table.gpa().0 + u64::from(bytes) * index as u64);
         if !old.accessed() {
             events.set_accessed_bit(gpa);
             new |= PT_A;
@@ -164,10 +196,10 @@ fn update_accessed_dirty(
         if slot.readonly {
             continue;
         }
-        if memory.host.entry(table, index) != old.0 {
+        if memory.host.entry(table, index, bytes) != old.0 {
             return false;
         }
-        memory.host.set_entry(table, index, new);
+        memory.host.set_entry(table, index, bytes, new);
         memory.mark_dirty(table);
         walk.ptes[at] = Gpte(new);
     }
@@ -192,7 +224,7 @@ mod tests {
     fn walk(memory: &mut Memory, gva: u64, access: ErrorCode) -> (Result<GuestWalk, GuestFault>, Vec<String>) {
         let mut events = EventLog::new(EventLog::EVERYTHING);
         let role = CpuRole::of(&Registers::default(), &ZEN);
-        let walker = Walker { role: &role, cr3: 0x1000, ac: false };
+        let walker = Walker { role: &role, cr3: 0x1000, pdptes: &[0; 4], ac: false, pkru: 0 };
         let found = walk_addr(memory, &mut events, &walker, Gva(gva), access);
         (found, events.take().iter().map(ToString::to_string).collect())
     }

@@ -20,21 +20,25 @@ pub struct CpuView {
     pub smap: bool,
     /// A reserved-bit fault has P set.
     pub rsvd_sets_p: bool,
+    /// PKRU's bits for key 0, which is the key of every shadow entry; 0 without CR4.PKE.
+    pub key0: u32,
 }
 
-/// Walks the shadow for an access; sets A, and D for a store. The frame is `None` for the zero page.
+/// Walks the shadow for an access; sets A, and D for a store. The frame is `None` for the zero page. `table` is where
+/// the walk begins, `None` behind an entry of a PAE root that is not present.
 ///
 /// # Errors
 /// The error code of the fault that the CPU raises.
 #[inline]
 pub fn access(
     shadow: &mut Shadow,
-    root: PageId,
+    table: Option<PageId>,
     gva: Gva,
     kind: AccessKind,
     cpu: CpuView,
 ) -> Result<Option<Gfn>, ErrorCode> {
-    let (pos, level) = shadow.walk_down(root, gva);
+    let Some(table) = table else { return Err(kind.code().with(ErrorCode::U.when(cpu.user))) };
+    let (pos, level) = shadow.walk_down(table, gva);
     let spte = shadow.spte(pos);
     if !spte.present() {
         let code = kind.code().with(ErrorCode::U.when(cpu.user));
@@ -44,7 +48,8 @@ pub fn access(
         return Err(code.with(ErrorCode::RSVD).with(ErrorCode::P.when(cpu.rsvd_sets_p)));
     }
     if forbidden(spte, kind, cpu) {
-        return Err(kind.code().with(ErrorCode::U.when(cpu.user)).with(ErrorCode::P));
+        let key = ErrorCode::PK.when(forbidden_by_key(spte, kind, cpu));
+        return Err(kind.code().with(ErrorCode::U.when(cpu.user)).with(ErrorCode::P).with(key));
     }
     let marks = if kind == AccessKind::Write { PT_A | PT_D } else { PT_A };
     if spte.0 & marks != marks {
@@ -64,5 +69,11 @@ fn forbidden(spte: Spte, kind: AccessKind, cpu: CpuView) -> bool {
     };
     let by_mode =
         if cpu.user { !user_page } else { user_page && if kind == AccessKind::Fetch { cpu.smep } else { cpu.smap } };
-    by_kind || by_mode
+    by_kind || by_mode || forbidden_by_key(spte, kind, cpu)
+}
+
+#[inline]
+fn forbidden_by_key(spte: Spte, kind: AccessKind, cpu: CpuView) -> bool {
+    let bits = if kind == AccessKind::Write { 3 } else { 1 };
+    cpu.key0 & bits != 0 && spte.0 & crate::bits::PT_U != 0 && kind != AccessKind::Fetch
 }

@@ -10,6 +10,8 @@ pub enum HostState {
     Absent,
     /// The shared zero page: read, never written.
     Zero,
+    /// A page that others share, too (KSM, a fork of the VM's process): read, replaced by one of its own when written.
+    Shared,
     /// Present and writable, mapped by 4 KiB.
     Writable,
     /// Present and writable, part of a 2 MiB mapping.
@@ -31,13 +33,16 @@ impl HostState {
         match self {
             Self::Huge2m => Level::PD,
             Self::Huge1g => Level::PDPT,
-            Self::Absent | Self::Zero | Self::Writable => Level::PT,
+            Self::Absent | Self::Zero | Self::Shared | Self::Writable => Level::PT,
         }
     }
 }
 
 /// Host frame of guest frame 0: a multiple of 1 GiB, so that huge pages stay aligned, and above the zero page.
 const PFN_BASE: u64 = 1 << 18;
+
+/// Marks the frame of a shared page, which is another than the one that the page gets when it is written.
+const SHARED: u64 = 1 << 38;
 
 type Page = [u64; ENTRIES];
 /// 512 regions: 1 GiB of guest frames.
@@ -85,7 +90,18 @@ impl Host {
     #[inline]
     #[must_use]
     pub const fn gfn(pfn: Pfn) -> Option<Gfn> {
-        if pfn.0 >= PFN_BASE { Some(Gfn(pfn.0 - PFN_BASE)) } else { None }
+        if pfn.0 >= PFN_BASE { Some(Gfn((pfn.0 & !SHARED) - PFN_BASE)) } else { None }
+    }
+
+    /// The host frame that a guest frame has now.
+    #[inline]
+    #[must_use]
+    pub fn frame(&self, gfn: Gfn) -> Pfn {
+        match self.state(gfn) {
+            HostState::Zero => Self::ZERO_PFN,
+            HostState::Shared => Pfn(Self::pfn(gfn).0 | SHARED),
+            _ => Self::pfn(gfn),
+        }
     }
 
     #[inline]
@@ -126,8 +142,47 @@ impl Host {
         }
         let region = self.region_mut(gfn);
         region.state[index(gfn)] = state;
-        if !state.writable() {
+        if matches!(state, HostState::Absent | HostState::Zero) {
             region.pages[index(gfn)] = None;
+        }
+    }
+
+    /// Sets the state of a range of frames. Regions that are in it by nature are passed over.
+    pub fn set_states(&mut self, first: Gfn, pages: u64, state: HostState) {
+        let (mut gfn, end) = (first.0, first.0 + pages);
+        while gfn < end {
+            let next = (gfn | (ENTRIES as u64 - 1)) + 1;
+            let natural = self.region(Gfn(gfn)).is_none()
+                && initial_state(gfn, self.populated) == state
+                && initial_state(next - 1, self.populated) == state;
+            if !natural {
+                for gfn in gfn..next.min(end) {
+                    self.set_state(Gfn(gfn), state);
+                }
+            }
+            gfn = next;
+        }
+    }
+
+    /// Takes pages, contents and states, from one place to another; the old place is absent then.
+    pub fn move_pages(&mut self, from: Gfn, to: Gfn, pages: u64) {
+        let taken: Vec<_> = (0..pages)
+            .map(|i| {
+                let gfn = Gfn(from.0 + i);
+                let page = self.page(gfn).copied();
+                let state = self.state(gfn);
+                (state, page)
+            })
+            .collect();
+        self.set_states(from, pages, HostState::Absent);
+        for (i, (state, page)) in taken.into_iter().enumerate() {
+            let gfn = Gfn(to.0 + i as u64);
+            let small = if state.level() > Level::PT { HostState::Writable } else { state };
+            self.set_state(gfn, HostState::Absent);
+            self.set_state(gfn, small);
+            if let Some(page) = page {
+                self.region_mut(gfn).pages[index(gfn)] = Some(Box::new(page));
+            }
         }
     }
 
@@ -144,42 +199,44 @@ impl Host {
         self.region(gfn)?.pages[index(gfn)].as_deref()
     }
 
-    /// The entry `index` of a table page.
+    /// The entry `index` of a table page with entries of 4 or 8 bytes.
     #[inline]
     #[must_use]
-    pub fn entry(&self, gfn: Gfn, index: usize) -> u64 {
-        self.page(gfn).map_or(0, |page| page[index])
+    pub fn entry(&self, gfn: Gfn, at: usize, bytes: u8) -> u64 {
+        self.page(gfn).map_or(0, |page| entry(page, at, bytes))
     }
 
-    /// The 8 entries of the aligned group that holds `index`.
+    /// The 8 entries of the aligned group that holds entry `at`.
     #[inline]
     #[must_use]
-    pub fn entry_group(&self, gfn: Gfn, index: usize) -> [u64; 8] {
-        let first = index & !7;
-        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| page[first + i]))
+    pub fn entry_group(&self, gfn: Gfn, at: usize, bytes: u8) -> [u64; 8] {
+        let first = at & !7;
+        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
     }
 
-    /// The state of a table's page and its entry `index`, found in one look.
+    /// The state of a table's page and its entry `at`, found in one look.
     #[inline]
     #[must_use]
-    pub fn state_and_entry(&self, gfn: Gfn, at: usize) -> (HostState, u64) {
+    pub fn state_and_entry(&self, gfn: Gfn, at: usize, bytes: u8) -> (HostState, u64) {
         match self.region(gfn) {
-            Some(region) => (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| page[at])),
+            Some(region) => {
+                (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| entry(page, at, bytes)))
+            }
             None => (initial_state(gfn.0, self.populated), 0),
         }
     }
 
-    /// 64 entries of a table page, from entry `64 * word` on.
+    /// 64 entries of a table page, from entry `first` on.
     #[inline]
     #[must_use]
-    pub fn entries(&self, gfn: Gfn, word: usize) -> [u64; 64] {
-        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| page[64 * word + i]))
+    pub fn entries(&self, gfn: Gfn, first: usize, bytes: u8) -> [u64; 64] {
+        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
     }
 
-    /// Sets the entry `index` of a table page.
+    /// Sets the entry `at` of a table page.
     #[inline]
-    pub fn set_entry(&mut self, gfn: Gfn, index: usize, value: u64) {
-        self.write(Gpa(gfn.gpa().0 + 8 * index as u64), 8, value);
+    pub fn set_entry(&mut self, gfn: Gfn, at: usize, bytes: u8, value: u64) {
+        self.write(Gpa(gfn.gpa().0 + u64::from(bytes) * at as u64), bytes, value);
     }
 
     /// The little-endian value of `size` (1 to 8) bytes that lie inside one page.
@@ -210,6 +267,15 @@ impl Host {
         if shift + u64::from(size) * 8 > 64 {
             let rest = 64 - shift;
             page[word + 1] = page[word + 1] & !(mask(size) >> rest) | value >> rest;
+        }
+    }
+
+    /// Stores `size` (1 to 16) bytes that lie inside one page.
+    #[inline]
+    pub fn write_wide(&mut self, gpa: Gpa, size: u8, value: u128) {
+        self.write(gpa, size.min(8), value as u64);
+        if size > 8 {
+            self.write(Gpa(gpa.0 + 8), size - 8, (value >> 64) as u64);
         }
     }
 
@@ -248,6 +314,12 @@ impl Host {
     }
 }
 
+/// Entry `at` of a table with entries of 4 or 8 bytes.
+#[inline]
+const fn entry(page: &Page, at: usize, bytes: u8) -> u64 {
+    if bytes == 8 { page[at] } else { page[at / 2] >> (32 * (at & 1)) & 0xffff_ffff }
+}
+
 #[inline]
 const fn index(gfn: Gfn) -> usize {
     gfn.0 as usize & (ENTRIES - 1)
@@ -277,6 +349,16 @@ mod tests {
         }
         host.write_bytes(Gpa(0x1ffd), &[1, 2, 3, 4, 5]);
         assert_eq!(host.read_bytes(Gpa(0x1ffc), 7), [0, 1, 2, 3, 4, 5, 0]);
+    }
+
+    #[test]
+    fn entries_of_4_bytes_are_halves_of_words() {
+        let mut host = Host::new(4);
+        host.write(Gpa(0x1000), 8, 0x1111_2222_3333_4444);
+        host.set_entry(Gfn(1), 3, 4, 0x5555_6666);
+        assert_eq!(host.entry(Gfn(1), 0, 8), 0x1111_2222_3333_4444);
+        assert_eq!(host.entry_group(Gfn(1), 2, 4)[..4], [0x3333_4444, 0x1111_2222, 0, 0x5555_6666]);
+        assert_eq!(host.entry(Gfn(1), 1, 8), 0x5555_6666_0000_0000);
     }
 
     #[test]

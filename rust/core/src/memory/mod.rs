@@ -9,9 +9,18 @@ mod slot;
 pub use host::{Host, HostState};
 pub use slot::{Slot, SlotRegion};
 
-use crate::config::{ADDRESS_SPACES, MAX_MEMORY, MAX_SLOTS};
+use crate::config::{ADDRESS_SPACES, MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
 use crate::error::{ConfigError, refuse};
 use crate::types::{Gfn, Gpa, PAGE_SIZE};
+
+/// How the log is read (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ManualDirty {
+    /// Reading leaves the log and the write protection as they are; `clear_dirty_log` does both.
+    pub enabled: bool,
+    /// A log begins with every frame in it, so nothing is write-protected at first.
+    pub initially_set: bool,
+}
 
 /// Memslots and the host's pages.
 #[derive(Clone, Debug)]
@@ -86,11 +95,22 @@ impl Memory {
         readonly: bool,
         maxphyaddr: u32,
     ) -> Result<(), ConfigError> {
-        if usize::from(id) >= MAX_SLOTS {
-            return refuse!("memslot {id} is out of range: a VM has slots 0 to {}", MAX_SLOTS - 1);
-        }
         if self.slots.iter().any(|slot| slot.id == id) {
             return refuse!("memslot {id} exists already; delete it first");
+        }
+        self.check_place(id, gpa, size, maxphyaddr)?;
+        self.insert(Slot::new(id, gpa.gfn(), size / PAGE_SIZE, readonly));
+        self.generation += ADDRESS_SPACES;
+        Ok(())
+    }
+
+    /// Whether a slot of that size may lie there.
+    ///
+    /// # Errors
+    /// A number out of range; a range that is empty, not page-aligned, too large, wraps, or overlaps another slot.
+    pub fn check_place(&self, id: u16, gpa: Gpa, size: u64, maxphyaddr: u32) -> Result<(), ConfigError> {
+        if usize::from(id) >= MAX_SLOTS {
+            return refuse!("memslot {id} is out of range: a VM has slots 0 to {}", MAX_SLOTS - 1);
         }
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) || gpa.offset() != 0 {
             return refuse!(
@@ -101,21 +121,33 @@ impl Memory {
             return refuse!("memslot {id}: size {size:#x} is above the limit of {MAX_MEMORY:#x} bytes");
         }
         match gpa.0.checked_add(size) {
-            Some(end) if end <= 1 << maxphyaddr => {}
+            Some(end) if end <= 1 << maxphyaddr.min(MAX_GPA_BITS) => {}
             _ => {
                 return refuse!(
                     "memslot {id}: {gpa:#x} + {size:#x} is beyond the guest's {maxphyaddr} physical address bits"
                 );
             }
         }
-        let slot = Slot::new(id, gpa.gfn(), size / PAGE_SIZE, readonly);
-        if let Some(other) = self.slots.iter().find(|other| other.overlaps(&slot)) {
+        let place = Slot::new(id, gpa.gfn(), size / PAGE_SIZE, false);
+        if let Some(other) = self.slots.iter().find(|other| other.id != id && other.overlaps(&place)) {
             return refuse!("memslot {id}: gpa {gpa:#x}, size {size:#x} overlaps memslot {}", other.id);
         }
+        Ok(())
+    }
+
+    fn insert(&mut self, slot: Slot) {
         let at = self.slots.partition_point(|other| other.base < slot.base);
         self.slots.insert(at, slot);
+        self.last = 0;
+    }
+
+    /// Moves a slot to another place with the host's pages behind it; nothing of it may be mapped any more.
+    pub fn move_slot(&mut self, id: u16, base: Gfn) {
+        let Some(at) = self.slots.iter().position(|slot| slot.id == id) else { return };
+        let old = self.slots.remove(at);
+        self.host.move_pages(old.base, base, old.pages);
+        self.insert(old.moved(base));
         self.generation += ADDRESS_SPACES;
-        Ok(())
     }
 
     /// Takes the slot away; the generation moves on.

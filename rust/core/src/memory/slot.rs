@@ -165,9 +165,15 @@ impl Slot {
         self.dirty.is_some()
     }
 
-    /// Turns the log on (empty) or off.
-    pub fn set_dirty_log(&mut self, on: bool) {
-        self.dirty = on.then(|| vec![0; self.pages.div_ceil(64) as usize]);
+    /// Turns the log on (empty, or `full`) or off.
+    pub fn set_dirty_log(&mut self, on: bool, full: bool) {
+        self.dirty = on.then(|| vec![if full { !0 } else { 0 }; self.pages.div_ceil(64) as usize]);
+    }
+
+    /// The same slot at another place, without any bookkeeping but its log.
+    #[must_use]
+    pub fn moved(self, base: Gfn) -> Self {
+        Self { dirty: self.dirty, ..Self::new(self.id, base, self.pages, self.readonly) }
     }
 
     /// Notes a write to a frame.
@@ -179,19 +185,57 @@ impl Slot {
         }
     }
 
-    /// The frames that were written, in ascending order; the log is empty afterwards. `None` without a log.
-    pub fn take_dirty(&mut self) -> Option<Vec<Gfn>> {
-        let base = self.base.0;
-        let bits = self.dirty.as_mut()?;
+    /// The frames in the log, in ascending order. `None` without a log.
+    #[must_use]
+    pub fn dirty_frames(&self) -> Option<Vec<Gfn>> {
         let mut out = Vec::new();
-        for (word, bits) in bits.iter_mut().enumerate() {
-            let mut rest = std::mem::take(bits);
+        for (word, bits) in self.dirty.as_ref()?.iter().enumerate() {
+            let mut rest = *bits;
             while rest != 0 {
-                out.push(Gfn(base + word as u64 * 64 + u64::from(rest.trailing_zeros())));
+                out.push(Gfn(self.base.0 + word as u64 * 64 + u64::from(rest.trailing_zeros())));
                 rest &= rest - 1;
             }
         }
+        // A log that began full has bits beyond the slot's end.
+        out.retain(|gfn| self.holds(*gfn));
         Some(out)
+    }
+
+    /// Takes frames out of the log.
+    pub fn clear_dirty(&mut self, frames: &[Gfn]) {
+        for at in frames.iter().map(|gfn| gfn.0 - self.base.0) {
+            if let Some(bits) = &mut self.dirty {
+                bits[(at / 64) as usize] &= !(1 << (at % 64));
+            }
+        }
+    }
+
+    /// The lists with leaf entries that map a part of `from` to `to` (exclusive): first frame in it, level. Both lie in the
+    /// slot. Small leaves come first, as in KVM's walk over the levels.
+    #[must_use]
+    pub fn rmaps_between(&self, from: Gfn, to: Gfn) -> Vec<(Gfn, Level)> {
+        let (mut small, mut large) = (Vec::new(), Vec::new());
+        let mut gfn = from.0;
+        while gfn < to.0 {
+            let end = ((gfn | (ENTRIES as u64 - 1)) + 1).min(to.0);
+            if let Some(region) = self.region(Gfn(gfn)) {
+                let used = |gfn: &u64| region.rmap[*gfn as usize & (ENTRIES - 1)] != RmapHead::default();
+                small.extend((gfn..end).filter(used).map(|gfn| (Gfn(gfn), Level::PT)));
+                if region.rmap_2m != RmapHead::default() {
+                    large.push((Gfn(gfn), Level::PD));
+                }
+            }
+            gfn = end;
+        }
+        let mut giant = from.0;
+        while giant < to.0 {
+            if self.rmap(Gfn(giant), Level::PDPT) != RmapHead::default() {
+                large.push((Gfn(giant), Level::PDPT));
+            }
+            giant = (giant | (Level::PDPT.pages() - 1)) + 1;
+        }
+        small.append(&mut large);
+        small
     }
 
     /// Every list of leaf entries that is not empty: first frame, level, head.
@@ -230,12 +274,15 @@ mod tests {
     fn the_dirty_log_tells_each_frame_once() {
         let mut slot = Slot::new(1, Gfn(100), 200, false);
         slot.mark_dirty(Gfn(100));
-        assert_eq!(slot.take_dirty(), None);
-        slot.set_dirty_log(true);
+        assert_eq!(slot.dirty_frames(), None);
+        slot.set_dirty_log(true, false);
         slot.mark_dirty(Gfn(299));
         slot.mark_dirty(Gfn(163));
         slot.mark_dirty(Gfn(299));
-        assert_eq!(slot.take_dirty(), Some(vec![Gfn(163), Gfn(299)]));
-        assert_eq!(slot.take_dirty(), Some(vec![]));
+        assert_eq!(slot.dirty_frames(), Some(vec![Gfn(163), Gfn(299)]));
+        slot.clear_dirty(&[Gfn(299)]);
+        assert_eq!(slot.dirty_frames(), Some(vec![Gfn(163)]));
+        slot.set_dirty_log(true, true);
+        assert_eq!(slot.dirty_frames().map(|all| all.len()), Some(200), "no frame beyond the end");
     }
 }

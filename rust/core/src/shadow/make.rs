@@ -144,7 +144,7 @@ impl Shadow {
         }
         let granted = self.arena[pos.page()].role.access();
         let access = gpte.protect_clean(granted.and(gpte.access()));
-        let gfn = gpte.gfn(Level::PT);
+        let gfn = gpte.gfn();
         if !self.prefetchable(gfn, access, stop_at_dirty_log) {
             return (false, Flush::NONE);
         }

@@ -17,7 +17,7 @@ pub mod zap;
 use crate::config::{Config, MIN_QUOTA};
 use crate::counters::VmCounters;
 use crate::events::{EventKind, EventLog, PageText};
-use crate::memory::Memory;
+use crate::memory::{ManualDirty, Memory};
 use crate::policy::{PageView, Policy};
 use crate::types::{Gfn, PageId, SptePos};
 use page::Arena;
@@ -84,6 +84,8 @@ pub struct Shadow {
     pub(crate) quota_is_set: bool,
     /// Valid pages with gptes; while there are none, emulated writes are not looked at.
     pub(crate) indirect_pages: u64,
+    /// How dirty logs are read.
+    pub(crate) manual_dirty: ManualDirty,
     /// Moves with each MMU notifier; a fault during which it moved is retried.
     pub(crate) invalidate_seq: u64,
 }
@@ -105,6 +107,7 @@ impl Shadow {
             max_pages: MIN_QUOTA,
             quota_is_set: false,
             indirect_pages: 0,
+            manual_dirty: ManualDirty::default(),
             invalidate_seq: 0,
         }
     }

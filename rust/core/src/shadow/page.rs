@@ -351,7 +351,7 @@ mod tests {
     use super::*;
 
     fn role() -> Role {
-        Role::root(Level(4), true, false, false).child(false, Access::ALL)
+        Role::root(Level(4), true, false, false).child(0, false, Access::ALL)
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! Roots: loading one, the cache of previous ones, letting go of them, and syncing below them.
 
 use crate::config::PREV_ROOTS;
-use crate::cpu::{Requests, Root, Vcpu};
+use crate::cpu::{Requests, Root, Top, Vcpu};
 use crate::guest::gpte::Gpte;
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
-use crate::types::{Gva, Level, PageId};
+use crate::types::{Gfn, Gva};
 
 /// What the next entry finds after a change of CR3.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,40 +17,63 @@ pub(crate) enum NewPgd {
 }
 
 impl Shadow {
-    /// Loads a root for the current CR3 (`kvm_mmu_load`, 6.1). `false`: CR3 points outside the slots, so the vCPU
-    /// shuts down.
+    /// Loads a root for the current CR3 (`kvm_mmu_load`, 6.1). `false`: CR3 or a PDPTE points outside the slots, so the
+    /// vCPU shuts down.
     pub(crate) fn load_root(&mut self, vcpu: &mut Vcpu) -> (bool, Flush) {
-        let gfn = Gpte(vcpu.regs.cr3).gfn(Level::PT);
-        if self.memory.slot(gfn).is_none() {
+        let mode = vcpu.role.mode;
+        let cr3 = Gpte(vcpu.regs.cr3).gfn();
+        let frames: [Option<Gfn>; 4] = std::array::from_fn(|i| match mode {
+            mode if !mode.has_tables() => Some(Gfn((i as u64) << 18)),
+            mode if mode.pdptes => Some(Gpte(vcpu.pdptes[i])).filter(|pdpte| pdpte.present()).map(Gpte::gfn),
+            _ => Some(cr3),
+        });
+        if mode.has_tables() && frames.iter().flatten().any(|gfn| self.memory.slot(*gfn).is_none()) {
             vcpu.requests.raise(Requests::TRIPLE_FAULT);
             return (false, Flush::NONE);
         }
         let (_, mut owed) = self.make_pages_available();
-        let (id, flush) = self.get_page(gfn, vcpu.role.root_role(), &vcpu.role);
-        owed += flush;
-        self.arena[id].root_count += 1;
-        vcpu.root = Root { page: Some(id), pgd: vcpu.regs.cr3 };
+        let role = vcpu.role.root_role();
+        let mut load = |gfn, role| {
+            let (id, flush) = self.get_page(gfn, role, &vcpu.role);
+            owed += flush;
+            self.arena[id].root_count += 1;
+            id
+        };
+        let top = if mode.has_pae_roots() {
+            Top::Pae(std::array::from_fn(|i| frames[i].map(|gfn| load(gfn, role.pae_root(i as u32)))))
+        } else {
+            Top::Page(load(cr3, role))
+        };
+        vcpu.root = Root { top, pgd: if mode.has_tables() { vcpu.regs.cr3 } else { 0 } };
         owed += self.sync_roots(vcpu);
         (true, owed)
     }
 
-    /// Syncs what is unsync below the current root (`kvm_mmu_sync_roots`, 6.1).
+    /// Syncs what is unsync below the current root (`kvm_mmu_sync_roots`, 6.1). With paging off nothing ever is, and
+    /// not even the MMIO cache is touched.
     pub(crate) fn sync_roots(&mut self, vcpu: &mut Vcpu) -> Flush {
-        let Some(root) = vcpu.root.page else { return Flush::NONE };
+        let mut owed = Flush::NONE;
+        if !vcpu.role.mode.has_tables() || !vcpu.root.is_loaded() {
+            return owed;
+        }
         vcpu.clear_mmio();
-        if self.root_is_unsync(root) { self.sync_children(root, &vcpu.role) } else { Flush::NONE }
+        for id in vcpu.root.pages() {
+            owed += self.sync_children(id, &vcpu.role);
+        }
+        owed
     }
 
-    fn root_is_unsync(&self, root: PageId) -> bool {
-        self.arena[root].unsync || self.arena[root].unsync_children > 0
+    fn is_unsync(&self, root: &Root) -> bool {
+        root.pages().any(|id| self.arena[id].unsync || self.arena[id].unsync_children > 0)
     }
 
     /// Lets go of one root (`mmu_free_root_page`, 6.1): a zapped page goes with its last user.
     fn put_root(&mut self, root: &mut Root, list: &mut ZapList) {
-        let Some(id) = std::mem::take(root).page else { return };
-        self.arena[id].root_count -= 1;
-        if self.arena[id].root_count == 0 && self.arena[id].role.invalid() {
-            let _ = self.prepare_zap(id, list);
+        for id in std::mem::take(root).pages() {
+            self.arena[id].root_count -= 1;
+            if self.arena[id].root_count == 0 && self.arena[id].role.invalid() {
+                let _ = self.prepare_zap(id, list);
+            }
         }
     }
 
@@ -68,36 +91,51 @@ impl Shadow {
         self.commit_zap(list)
     }
 
+    /// Lets go of the current root (`load_pdptrs` when a register changes, 6.1).
+    pub(crate) fn free_current_root(&mut self, vcpu: &mut Vcpu) -> Flush {
+        self.free_roots_if(vcpu, |_, _, current| current)
+    }
+
     /// Lets go of all roots (`kvm_mmu_unload`, 6.1).
     pub(crate) fn free_all_roots(&mut self, vcpu: &mut Vcpu) -> Flush {
         vcpu.clear_mmio();
         self.free_roots_if(vcpu, |_, _, _| true)
     }
 
-    /// Lets go of roots that were zapped (`kvm_mmu_free_obsolete_roots`, 6.1).
+    /// Lets go of roots that were zapped, and of the four pages of a PAE root in any case
+    /// (`kvm_mmu_free_obsolete_roots`, 6.1).
     pub(crate) fn free_obsolete_roots(&mut self, vcpu: &mut Vcpu) -> Flush {
-        self.free_roots_if(vcpu, |s, root, _| root.page.is_some_and(|id| !s.is_valid(id)))
+        self.free_roots_if(vcpu, |s, root, _| match root.top {
+            Top::None => false,
+            Top::Page(id) => !s.is_valid(id),
+            Top::Pae(_) => true,
+        })
     }
 
     /// Lets go of previous roots with unsync pages, stale marks included (`kvm_mmu_sync_prev_roots`, 6.1).
     pub(crate) fn free_unsync_prev_roots(&mut self, vcpu: &mut Vcpu) -> Flush {
-        self.free_roots_if(vcpu, |s, root, current| !current && root.page.is_some_and(|id| s.root_is_unsync(id)))
+        self.free_roots_if(vcpu, |s, root, current| !current && s.is_unsync(root))
     }
 
     /// Lets go of previous roots of a PCID (`kvm_invalidate_pcid`, 6.1).
     pub(crate) fn free_prev_roots_of_pcid(&mut self, vcpu: &mut Vcpu, pcid: u64) -> Flush {
-        self.free_roots_if(vcpu, |_, root, current| !current && root.page.is_some() && root.pgd & 0xfff == pcid)
+        self.free_roots_if(vcpu, |_, root, current| !current && root.is_loaded() && root.pgd & 0xfff == pcid)
     }
 
     fn is_usable(&self, root: &Root, pgd: u64, vcpu: &Vcpu) -> bool {
-        root.pgd == pgd && root.page.is_some_and(|id| self.arena[id].role == vcpu.role.root_role())
+        root.pgd == pgd && root.page().is_some_and(|id| self.arena[id].role == vcpu.role.root_role())
     }
 
     /// Looks for a root of the new CR3 among the current and the previous ones (`fast_pgd_switch`, 6.1). Each look
     /// moves the roots on by one place; the one that falls out is let go.
     pub(crate) fn new_pgd(&mut self, vcpu: &mut Vcpu, pgd: u64) -> (NewPgd, Flush) {
-        if vcpu.root.page.is_none() {
-            return (self.new_pgd_without_current(vcpu, pgd), Flush::NONE);
+        let mut owed = Flush::NONE;
+        if matches!(vcpu.root.top, Top::Pae(_)) {
+            // PAE roots are not kept, so that nobody has to care for their PDPTEs.
+            owed += self.free_current_root(vcpu);
+        }
+        if !vcpu.root.is_loaded() {
+            return (self.new_pgd_without_current(vcpu, pgd), owed);
         }
         let mut hit = self.is_usable(&vcpu.root, pgd, vcpu);
         for i in 0..PREV_ROOTS {
@@ -110,9 +148,7 @@ impl Shadow {
         if hit {
             return (NewPgd::Hit, Flush::NONE);
         }
-        let mut list = ZapList::default();
-        self.put_root(&mut vcpu.root, &mut list);
-        (NewPgd::Miss, self.commit_zap(list))
+        (NewPgd::Miss, self.free_current_root(vcpu))
     }
 
     fn new_pgd_without_current(&self, vcpu: &mut Vcpu, pgd: u64) -> NewPgd {
@@ -126,7 +162,7 @@ impl Shadow {
 
     /// Forgets the writes counted against a root (`__clear_sp_write_flooding_count` on a root-cache hit, 6.1).
     pub(crate) fn clear_root_flood(&mut self, vcpu: &Vcpu) {
-        if let Some(id) = vcpu.root.page {
+        if let Some(id) = vcpu.root.page() {
             self.arena[id].flood = 0;
         }
     }
@@ -135,10 +171,24 @@ impl Shadow {
     pub(crate) fn invlpg(&mut self, vcpu: &mut Vcpu, gva: Gva, all: bool) -> Flush {
         vcpu.clear_mmio_page(gva);
         let mut owed = Flush::NONE;
+        if !vcpu.role.mode.has_tables() {
+            return owed;
+        }
         for root in std::iter::once(vcpu.root).chain(vcpu.prev_roots.into_iter().filter(|_| all)) {
-            if let Some(id) = root.page {
+            if let Some(id) = root.table(gva) {
                 owed += self.invlpg_root(id, gva, &vcpu.role);
             }
+        }
+        owed
+    }
+
+    /// INVPCID of one address: the roots of that PCID (`kvm_mmu_invpcid_gva`, 6.1).
+    pub(crate) fn invpcid_gva(&mut self, vcpu: &Vcpu, gva: Gva, pcid: u64) -> Flush {
+        let mut owed = Flush::NONE;
+        let current = (vcpu.pcid() == pcid).then_some(&vcpu.root);
+        let previous = vcpu.prev_roots.iter().filter(|root| vcpu.pcid_of(root.pgd) == pcid);
+        for id in current.into_iter().chain(previous).filter_map(|root| root.table(gva)) {
+            owed += self.invlpg_root(id, gva, &vcpu.role);
         }
         owed
     }

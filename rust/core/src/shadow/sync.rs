@@ -4,6 +4,7 @@ use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
 use crate::memory::{HostState, Slot};
+use crate::mode::Mode;
 use crate::shadow::make::Leaf;
 use crate::shadow::page::Bitmap;
 use crate::shadow::spte::{HOST_WRITABLE, Spte};
@@ -13,9 +14,9 @@ use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
 
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
-    pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize) -> Option<Gpte> {
+    pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize, bytes: u8) -> Option<Gpte> {
         let readable = self.memory.slot(table).is_some() && self.memory.host.state(table) != HostState::Absent;
-        readable.then(|| Gpte(self.memory.host.entry(table, index)))
+        readable.then(|| Gpte(self.memory.host.entry(table, index, bytes)))
     }
 
     /// Brings each entry of a page into step (`FNAME(sync_page)`, 6.1). `Some(flush)` says whether a right or mark
@@ -26,14 +27,15 @@ impl Shadow {
             return None;
         }
         let (table, used, granted) = (page.gfn, page.used, page.role.access());
+        let (quadrant, bytes) = (page.role.quadrant(), page.role.entry_bytes());
         if used == Bitmap::default() {
             return Some(false);
         }
-        self.read_gpte_atomic(table, 0)?;
+        self.read_gpte_atomic(table, 0, bytes)?;
         let logging = self.memory.slots().iter().any(Slot::logs_dirty);
         let mut flush = false;
         for (word, mut rest) in used.into_iter().enumerate().filter(|(_, rest)| *rest != 0) {
-            let gptes = self.memory.host.entries(table, word);
+            let gptes = self.memory.host.entries(table, Mode::gpte_index(quadrant, 64 * word), bytes);
             while rest != 0 {
                 let bit = rest.trailing_zeros() as usize;
                 rest &= rest - 1;
@@ -54,7 +56,7 @@ impl Shadow {
             return None;
         }
         let access = gpte.protect_clean(granted.and(gpte.access()));
-        if !self.arena.maps(pos, gpte.gfn(Level::PT), access) || access.has(Access::W) != old.writable() {
+        if !self.arena.maps(pos, gpte.gfn(), access) || access.has(Access::W) != old.writable() {
             return None;
         }
         let new = Spte(old.0 & !(PT_A | PT_D));
@@ -71,7 +73,7 @@ impl Shadow {
             self.zap_entry(pos);
             return true;
         }
-        let gfn = gpte.gfn(Level::PT);
+        let gfn = gpte.gfn();
         let access = gpte.protect_clean(self.arena[pos.page()].role.access().and(gpte.access()));
         if old.is_mmio() {
             // An MMIO entry is renewed whether or not its frame got a slot in the meantime (sync_mmio_spte, 6.1).
@@ -142,10 +144,12 @@ impl Shadow {
                 if !self.arena[id].unsync {
                     break;
                 }
-                let table = self.arena[id].gfn;
+                let (table, page) = (self.arena[id].gfn, self.arena[id].role);
                 let was_present = self.zap_entry(pos);
                 owed += Flush::when(was_present);
-                if let Some(gpte) = self.read_gpte_atomic(table, pos.index()) {
+                if let Some(gpte) =
+                    self.read_gpte_atomic(table, Mode::gpte_index(page.quadrant(), pos.index()), page.entry_bytes())
+                {
                     owed += self.prefetch_gpte(pos, gpte, role, false).1;
                 }
             }

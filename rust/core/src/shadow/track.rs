@@ -1,6 +1,6 @@
 //! Rmaps and write protection: which entries map a frame, and what is taken away from them.
 
-use crate::bits::PT_W;
+use crate::bits::{PT_A, PT_W};
 use crate::config::RMAP_RECYCLE;
 use crate::shadow::spte::{MMU_WRITABLE, Spte};
 use crate::shadow::{Flush, Shadow};
@@ -68,15 +68,42 @@ impl Shadow {
     pub(crate) fn unmap_range(&mut self, first: Gfn, pages: u64) -> Flush {
         self.invalidate_seq += 1;
         let mut any = false;
-        for level in LEVELS {
-            let end = first.0 + pages;
-            let mut gfn = first.round(level).0;
-            while gfn < end {
-                any |= self.zap_rmap(Gfn(gfn.max(first.0)), level);
-                gfn += level.pages();
-            }
+        for (gfn, level) in self.mapped_lists(first, pages) {
+            any |= self.zap_rmap(gfn, level);
         }
         Flush::when(any)
+    }
+
+    /// The rmap lists with leaves that map a part of the range: first frame in it, level.
+    fn mapped_lists(&self, first: Gfn, pages: u64) -> Vec<(Gfn, Level)> {
+        let (mut out, end) = (Vec::new(), first.0 + pages);
+        for slot in self.memory.slots() {
+            let (from, to) = (first.0.max(slot.base.0), end.min(slot.base.0 + slot.pages));
+            if from < to {
+                out.extend(slot.rmaps_between(Gfn(from), Gfn(to)));
+            }
+        }
+        out
+    }
+
+    /// Takes A from every leaf that maps a part of the range (`kvm_age_rmap`, 6.1); whether any had it.
+    pub(crate) fn age_range(&mut self, first: Gfn, pages: u64) -> bool {
+        let young = self.leaves_of(first, pages).filter(|(_, spte)| spte.0 & PT_A != 0).collect::<Vec<_>>();
+        for (pos, spte) in &young {
+            self.arena.update_spte(*pos, Spte(spte.0 & !PT_A));
+        }
+        !young.is_empty()
+    }
+
+    /// Whether a leaf that maps a part of the range has A (`kvm_test_age_rmap`, 6.1).
+    pub(crate) fn is_young(&self, first: Gfn, pages: u64) -> bool {
+        self.leaves_of(first, pages).any(|(_, spte)| spte.0 & PT_A != 0)
+    }
+
+    fn leaves_of(&self, first: Gfn, pages: u64) -> impl Iterator<Item = (SptePos, Spte)> + '_ {
+        let lists = self.mapped_lists(first, pages).into_iter();
+        let heads = lists.filter_map(|(gfn, level)| Some(self.memory.slot(gfn)?.rmap(gfn, level)));
+        heads.flat_map(|head| self.lists.iter(head)).map(|pos| (pos, self.arena.spte(pos)))
     }
 
     /// Takes W from every leaf that maps the frame (`rmap_write_protect`, 6.1). `for_shadowing` also takes the mark

@@ -150,6 +150,16 @@ impl Shadow {
         self.commit_zap(list)
     }
 
+    /// Zaps pages that stand for a huge page split for execution, those split first first.
+    pub(crate) fn zap_nx_splits(&mut self, count: u64) -> Flush {
+        let mut list = ZapList::default();
+        for _ in 0..count {
+            let Some(id) = self.arena.oldest_first().find(|id| self.arena[*id].nx_split) else { break };
+            let _ = self.prepare_zap(id, &mut list);
+        }
+        self.commit_zap(list)
+    }
+
     /// Sees to it that a fault finds free pages (`make_mmu_pages_available`, 6.1). `false` if none can be had.
     pub(crate) fn make_pages_available(&mut self) -> (bool, Flush) {
         let available = |s: &Self| s.max_pages.saturating_sub(s.used_pages);

@@ -96,7 +96,7 @@ impl Guest {
                 vm.set_host_pages(Gpa(page), 0x1000, HostState::Writable).expect("slot 0");
             }
         }
-        let mut regs = Registers { cr0: 0x8001_0033, cr3: 0x1000, cr4: 0x20, efer: 0xd00 };
+        let mut regs = Registers { cr0: 0x8001_0033, cr3: 0x1000, cr4: 0x20, efer: 0xd00, cs_l: true };
         change(&mut regs);
         (0..2).for_each(|cpu| vm.set_sregs(cpu, regs).expect("long mode"));
         Self { vm, cpu: 0, turn: 0, rsp: STACK, idt: 0x201000, int3_decodes: Vec::new(), faults: Vec::new() }

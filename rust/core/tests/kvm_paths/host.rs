@@ -1,8 +1,13 @@
 //! What the host does: slots, dirty log, notifiers, the page quota.
 
 use crate::{check, golden, start, trace};
+use shadowkvm_core::config::QEMU_TCG;
+use shadowkvm_core::cpu::Registers;
+use shadowkvm_core::engine::Vm;
 use shadowkvm_core::fault::insn::{Action, Insn};
+use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::outcome::Status;
+use shadowkvm_core::types::Gpa;
 
 #[test]
 fn the_dirty_log_protects_pages_and_notes_them_again() {
@@ -67,4 +72,126 @@ fn sync_marks_kept_pages_dirty_again() {
     let ops = "R 400000; W 6048=500063; HOST 1; W 6048=501063; HOST 2; CR3 1000; W 400000=1; HOST 2; W 6048=501063; \
                HOST 2";
     check(&mut start(""), ops, "tk6 fx6 cm6 un1 4k32 rf6 tf5 ie2");
+}
+
+/// A guest without paging: what the host does shows at once.
+fn flat(huge: bool) -> Vm {
+    let regs = Registers { cr0: 0x33, cr3: 0, cr4: 0, efer: 0, cs_l: false };
+    let mut vm = crate::switches::guest(QEMU_TCG, regs);
+    if huge {
+        vm.set_host_pages(Gpa(4 << 20), 4 << 20, HostState::Huge2m).expect("aligned");
+    }
+    vm
+}
+
+fn touch(vm: &mut Vm, gva: u64) {
+    assert_eq!(vm.execute(0, &Insn { value: 1, ..Insn::new(Action::Store, gva, 8) }).status, Status::Done);
+}
+
+#[test]
+fn a_moved_slot_shows_the_same_bytes_elsewhere() {
+    let mut vm = flat(false);
+    vm.add_slot(3, Gpa(1 << 30), 0x3000, false, true).expect("room there");
+    touch(&mut vm, (1 << 30) + 0x1000);
+    let (zapped, generation) = (vm.counters().mmu_shadow_zapped, vm.shadow().memory.generation);
+    vm.move_slot(3, Gpa(2 << 30)).expect("room there");
+    assert_eq!(vm.read_memory(Gpa((2 << 30) + 0x1000), 1).expect("moved"), [1]);
+    assert!(vm.counters().mmu_shadow_zapped > zapped, "everything became obsolete");
+    assert_eq!(vm.shadow().memory.generation, generation + 4);
+    assert_eq!(vm.get_dirty_log(3).expect("it has one"), [(2 << 18) + 1], "its log went with it");
+    for bad in [0, 0x800, 1 << 38] {
+        let before = vm.shadow().memory.generation;
+        assert_eq!(vm.move_slot(3, Gpa(bad)).is_err(), bad != 1 << 38);
+        assert!(bad == 1 << 38 || vm.shadow().memory.generation == before);
+    }
+    vm.audit().expect("the state is whole");
+}
+
+#[test]
+fn a_log_that_is_cleared_by_hand() {
+    let mut vm = flat(true);
+    vm.set_manual_dirty(ManualDirty { enabled: true, initially_set: false }).expect("possible");
+    vm.set_dirty_log(0, true).expect("slot 0");
+    touch(&mut vm, 0x5000);
+    let flushes = vm.counters().remote_tlb_flush_requests;
+    for _ in 0..2 {
+        assert_eq!(vm.get_dirty_log(0).expect("it has one"), [5], "reading changes nothing");
+    }
+    assert_eq!(vm.counters().remote_tlb_flush_requests, flushes);
+    let fast = vm.vcpu_counters().pf_fast;
+    touch(&mut vm, 0x5000);
+    assert_eq!(vm.vcpu_counters().pf_fast, fast, "still writable");
+    vm.clear_dirty_log(0, &[4, 5]).expect("its frames");
+    assert_eq!(vm.counters().remote_tlb_flush_requests, flushes + 1);
+    touch(&mut vm, 0x5000);
+    assert_eq!(vm.vcpu_counters().pf_fast, fast + 1);
+    assert!(vm.clear_dirty_log(0, &[1 << 20]).is_err() && vm.clear_dirty_log(9, &[]).is_err());
+}
+
+#[test]
+fn a_full_log_protects_huge_leaves_only_when_it_is_cleared() {
+    let mut vm = flat(true);
+    vm.set_manual_dirty(ManualDirty { enabled: true, initially_set: true }).expect("possible");
+    touch(&mut vm, 4 << 20);
+    assert_eq!(vm.counters().pages_2m, 1);
+    let flushes = vm.counters().remote_tlb_flush_requests;
+    vm.set_dirty_log(0, true).expect("slot 0");
+    assert_eq!(vm.counters().remote_tlb_flush_requests, flushes, "nothing was protected");
+    let faults = vm.vcpu_counters().pf_taken;
+    touch(&mut vm, 4 << 20);
+    assert_eq!(vm.vcpu_counters().pf_taken, faults);
+    vm.clear_dirty_log(0, &[1024]).expect("its frame");
+    touch(&mut vm, 4 << 20);
+    assert_eq!((vm.vcpu_counters().pf_taken, vm.counters().pages_2m), (faults + 1, 0), "the leaf was split");
+    vm.audit().expect("the state is whole");
+}
+
+#[test]
+fn aging_takes_a_and_only_the_flushing_kind_flushes() {
+    let mut vm = flat(false);
+    touch(&mut vm, 0x5000);
+    let flushes = vm.counters().remote_tlb_flush_requests;
+    let range = (Gpa(0x5000), 0x1000);
+    assert!(vm.notifier_test_young(range.0, range.1).expect("memory"));
+    assert!(vm.notifier_age(range.0, range.1, false).expect("memory"));
+    assert_eq!(vm.counters().remote_tlb_flush_requests, flushes);
+    assert!(!vm.notifier_test_young(range.0, range.1).expect("memory"));
+    touch(&mut vm, 0x5000);
+    assert!(vm.notifier_age(Gpa(0), 16 << 20, true).expect("memory"));
+    assert_eq!(vm.counters().remote_tlb_flush_requests, flushes + 1);
+    assert!(!vm.notifier_age(range.0, range.1, true).expect("memory"));
+    vm.audit().expect("the state is whole");
+}
+
+#[test]
+fn a_shared_page_is_read_in_place_and_copied_when_written() {
+    let mut vm = flat(false);
+    touch(&mut vm, 0x5000);
+    vm.notifier_change(Gpa(0x5000), 0x1000).expect("memory");
+    let read = vm.execute(0, &Insn::new(Action::Load, 0x5000, 8));
+    assert_eq!((read.status, read.value), (Status::Done, 1), "the contents are the same");
+    let faults = vm.vcpu_counters().pf_taken;
+    touch(&mut vm, 0x5000);
+    assert_eq!(vm.vcpu_counters().pf_taken, faults + 2, "the copy raises the notifier, and the fault is retried");
+    assert_eq!(vm.shadow().memory.host.state(Gpa(0x5000).gfn()), HostState::Writable);
+    vm.audit().expect("the state is whole");
+}
+
+#[test]
+fn huge_pages_that_must_not_be_executed_change_at_run_time() {
+    let mut vm = crate::switches::guest(QEMU_TCG, Registers { cr3: 0x3000, ..Registers::default() });
+    vm.write_memory(Gpa(0x6008), &0x40_00e7u64.to_le_bytes()).expect("inside");
+    vm.set_host_pages(Gpa(4 << 20), 2 << 20, HostState::Huge2m).expect("aligned");
+    let fetch = Insn::new(Action::Fetch, 0x20_0000, 1);
+    assert_eq!(vm.execute(0, &fetch).status, Status::Done);
+    assert_eq!((vm.counters().pages_2m, vm.counters().nx_lpage_splits), (1, 0));
+    vm.set_nx_huge_pages(true);
+    assert_eq!(vm.execute(0, &fetch).status, Status::Done);
+    assert_eq!((vm.counters().pages_2m, vm.counters().nx_lpage_splits), (0, 1));
+    assert_eq!(vm.recover_nx_huge_pages(), 1);
+    assert_eq!(vm.counters().nx_lpage_splits, 0);
+    let zapped = vm.counters().mmu_shadow_zapped;
+    vm.set_nx_huge_pages(true);
+    assert_eq!(vm.counters().mmu_shadow_zapped, zapped, "no change, no zap");
+    vm.audit().expect("the state is whole");
 }

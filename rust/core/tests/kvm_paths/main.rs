@@ -5,11 +5,14 @@
 //! that a broken path has a name. `T` is the page table at 6000, which maps 400000; `D` the page directory at 3000; `D2`
 //! the one at 20000, hung at 1 GiB.
 
+mod deliver;
 mod faults;
 mod golden;
 mod guest;
 mod host;
 mod modes;
+mod pcid;
+mod switches;
 mod sync;
 mod writes;
 

@@ -99,7 +99,7 @@ impl Referee {
                 continue;
             }
             for first in (0..512).step_by(64) {
-                let new = vm.shadow().memory.host.entries(Gfn(gfn), first / 64);
+                let new = vm.shadow().memory.host.entries(Gfn(gfn), first, 8);
                 let Some(words) = self.memory.frame(gfn) else { continue };
                 let old: [u64; 64] = words[first..first + 64].try_into().expect("64 words");
                 if new == old {
@@ -145,7 +145,7 @@ impl Referee {
     fn check_outcome(&self, vm: &Vm, before: &Before, outcome: &Outcome) -> Result<(), String> {
         match outcome.status {
             Status::Done => self.check_done(vm, before, outcome),
-            Status::PageFault => self.check_fault(before, outcome),
+            Status::PageFault | Status::DoubleFault => self.check_fault(before, outcome),
             Status::Mmio => {
                 let gfn = outcome.address >> 12;
                 let allowed = before.targets.iter().flatten().any(|target| *target == gfn);

@@ -61,7 +61,7 @@ pub(crate) fn check(vm: &Vm, referee: &Referee) -> Result<(), String> {
     for vcpu in vm.vcpus() {
         let mut requests = vcpu.requests;
         requests.check(Requests::TLB_FLUSH);
-        let Some(root) = vcpu.root.page.filter(|_| requests == Requests::default()) else { continue };
+        let Some(root) = vcpu.root.page().filter(|_| requests == Requests::default()) else { continue };
         let page = &vm.shadow().arena()[root];
         if page.role.invalid() {
             continue;

@@ -108,16 +108,19 @@ impl Plan {
             self.add_fetch(rip, insn.user, insn.length);
         }
         let implicit = insn.system || insn.delivery;
+        if insn.action == Action::Copy {
+            self.add_insn(&Insn { rip: None, ..insn.loading() });
+        }
         let kind = match insn.action {
             Action::Load => Kind::Read,
-            Action::Store | Action::Rmw(_) => Kind::Write,
+            Action::Store | Action::Copy | Action::Rmw(_) => Kind::Write,
             Action::Fetch => Kind::Fetch,
         };
         let access = Access { gva: insn.gva.0, kind, user: insn.user && !implicit, ac: insn.ac && !implicit };
         let rmw = matches!(insn.action, Action::Rmw(_));
         let plain = kind == Kind::Write && !rmw && insn.repeat == 1;
         self.add(access, u64::from(insn.size) * u64::from(insn.repeat), |touch| Touch {
-            value: plain.then_some(insn.value),
+            value: (plain && insn.action == Action::Store).then_some(insn.value),
             rmw,
             keep: insn.keep && !rmw,
             ..touch
