@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 import shadowkvm as sk
 from shadowkvm.guest import File, Linux, Process, Vma, pages
+from shadowkvm.pagetables import MODES
 from shadowkvm.pagetables.entries import A
 
 PAGE, MIB = 4096, 1 << 20
@@ -35,10 +37,11 @@ class Guest(RuleBasedStateMachine):
     @initialize(
         options=st.fixed_dictionaries(
             {
+                "mode": st.sampled_from(["4-level", "4-level", "4-level", *MODES]),
                 "kpti": st.booleans(),
                 "pcid": st.booleans(),
                 "cpus": st.integers(1, 3),
-                "direct_page": st.sampled_from([0, 4096, 1 << 30]),
+                "direct_page": st.sampled_from([0, 4096]),
                 "reuse": st.sampled_from(["lifo", "fifo"]),
                 "table_grace": st.sampled_from([0, 5]),
             }
@@ -46,7 +49,9 @@ class Guest(RuleBasedStateMachine):
         target=processes,
     )
     def boot(self, options: dict[str, Any]) -> Process:
-        self.guest = Linux(memory=64 * MIB, lazy_vfree=10, **options)
+        wide = options["mode"].endswith("level")
+        only = {"kpti": options["kpti"] and wide, "pcid": options["pcid"] and wide}
+        self.guest = Linux(memory=64 * MIB, lazy_vfree=10, **options | only)
         self.file = self.guest.file(60)
         self.program = self.guest.program(text=20, data=5, bss=5)
         first = self.guest.spawn(self.program)
@@ -60,7 +65,7 @@ class Guest(RuleBasedStateMachine):
 
     @rule(process=processes, size=SIZES, write=st.booleans(), execute=st.booleans(), kind=st.integers(0, 4))
     def mmap(self, process: Process, size: int, write: bool, execute: bool, kind: int) -> None:
-        if kind == 4:
+        if kind == 4 and self.guest.memory.mode.entry_bytes == 8:
             self.guest.mmap(process, 2 * MIB, huge=True)
             return
         size = min(size, 60 * PAGE) if kind in {2, 3} else size
@@ -187,9 +192,10 @@ class Guest(RuleBasedStateMachine):
         result = self.vm.run(self.guest.take())
         assert (result.faults_missed, result.faults_unexpected) == (0, 0), result.first_mismatch
         assert {name for name, count in result.status.items() if count} <= {"done", "page_fault"}
-        mask = ~np.uint64(A) if self.aged else ~np.uint64(0)
+        dtype = self.guest.memory.mode.dtype
+        mask = ~dtype.type(A if self.aged else 0)
         for gpa, content in self.guest.memory.pages():
-            mine, theirs = (np.frombuffer(data, "<u8") & mask for data in (content, self.vm.read_memory(gpa, PAGE)))
+            mine, theirs = (np.frombuffer(data, dtype) & mask for data in (content, self.vm.read_memory(gpa, PAGE)))
             assert (mine == theirs).all(), hex(gpa)
 
     @invariant()
@@ -267,6 +273,9 @@ def test_everything_that_was_taken_is_given_back() -> None:
 
 def test_a_vm_of_its_own_has_the_image() -> None:
     guest = Linux(memory=64 * MIB)
+    with pytest.raises(sk.ConfigError, match="no image before it is started"):
+        guest.vm()
+    guest.start()
     vm = guest.vm()
     assert isinstance(vm, sk.Vm)
     assert vm.vcpus[0].sregs["cr3"] == guest.kernel.root

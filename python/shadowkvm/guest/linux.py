@@ -12,6 +12,7 @@ from shadowkvm.errors import ConfigError
 from shadowkvm.guest.machine import Settings
 from shadowkvm.guest.reclaim import Reclaim
 from shadowkvm.guest.task import Process
+from shadowkvm.pagetables import set_registers
 from shadowkvm.pagetables.walk import addresses
 
 if TYPE_CHECKING:
@@ -53,22 +54,29 @@ class Linux(Reclaim):
         super().__init__(Settings(**settings))
 
     def vm(self, **options: Any) -> Vm:
-        """A fresh `Vm` with this guest's image: memory, registers of all CPUs. Call it after `start`, before more.
+        """A fresh `Vm` with the image that the guest starts with: memory, and the registers of all CPUs.
 
         Args:
-            options: policy, profile, events: see `Vm`.
+            options: policy, profile, events, features: see `Vm`.
         """
-        from shadowkvm.vm import Vm  # noqa: PLC0415 -- the builder works without the engine
+        from shadowkvm.vm import Vm  # noqa: PLC0415 -- the model works without the engine
 
         vm = Vm(self.settings.memory, vcpus=len(self.cpus), **options)
         self.install(vm)
         return vm
 
     def install(self, vm: Vm) -> None:
-        """Write the image into ``vm``, and set the registers of its vCPUs."""
-        self.memory.install(vm)
-        for cpu, sregs in zip(vm.vcpus, self.sregs, strict=False):
-            cpu.set_sregs(**sregs)
+        """Write the image into ``vm``, and set the registers of its vCPUs.
+
+        Raises:
+            ConfigError: the guest has not started.
+        """
+        if not self.started:
+            raise ConfigError("the guest has no image before it is started: call start()")
+        for gpa, content in self.image:
+            vm.write_memory(gpa, content)
+        for cpu, sregs in zip(vm.vcpus, self.start_sregs, strict=False):
+            set_registers(cpu, sregs)
 
     def expected(self, process: Process, gvas: Any) -> dict[str, NDArray[Any]]:
         """What user code of a process may do at addresses without a fault, by the tables: for tests and teaching.

@@ -107,6 +107,10 @@ class Machine:
         self._out: list[NDArray[np.void]] = []
         self._grace: list[int] = []
         self.started = False
+        self.image: tuple[tuple[int, bytes], ...] = ()
+        """Pages of tables (gpa, content) at the start."""
+        self.start_sregs: tuple[dict[str, int], ...] = ()
+        """Registers of each CPU at the start."""
 
     # -- the kernel's own map -------------------------------------------------------------------------------------
 
@@ -191,6 +195,8 @@ class Machine:
     def start(self) -> None:
         """What was built so far is the image; from here on the guest's doings are traced."""
         self._out.clear()
+        self.image = tuple(self.memory.pages())
+        self.start_sregs = tuple(self.sregs)
         self.started = True
 
     def emit(self, rows: NDArray[np.void], cpu: Cpu | None = None) -> None:

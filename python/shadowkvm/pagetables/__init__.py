@@ -20,7 +20,7 @@ from shadowkvm.pagetables.entries import Rights
 from shadowkvm.pagetables.frames import FramePool, Reuse
 from shadowkvm.pagetables.memory import GuestMemory
 from shadowkvm.pagetables.modes import MODES, Level, PagingMode, paging
-from shadowkvm.pagetables.space import AddressSpace, Mapping
+from shadowkvm.pagetables.space import AddressSpace, Mapped, set_registers
 from shadowkvm.pagetables.tables import Tables
 from shadowkvm.pagetables.walk import LEAF_DTYPE, Walk
 from shadowkvm.pagetables.weave import Weave, make_rows
@@ -32,7 +32,7 @@ __all__ = [
     "FramePool",
     "GuestMemory",
     "Level",
-    "Mapping",
+    "Mapped",
     "PagingMode",
     "Reuse",
     "Rights",
@@ -41,4 +41,5 @@ __all__ = [
     "Weave",
     "make_rows",
     "paging",
+    "set_registers",
 ]

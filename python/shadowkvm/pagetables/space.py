@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,12 +18,13 @@ from shadowkvm.pagetables.tables import END, Tables
 from shadowkvm.pagetables.walk import Walk, addresses, entry_slots, leaves, mark_used, walk
 
 if TYPE_CHECKING:
+    from shadowkvm._core import Vcpu
     from shadowkvm.vm import Vm
 
-__all__ = ["AddressSpace", "Mapping"]
+__all__ = ["AddressSpace", "Mapped", "set_registers"]
 
 
-class Mapping(NamedTuple):
+class Mapped(NamedTuple):
     """A run of pages, one after the other in both address spaces, with the same rights."""
 
     gva: int
@@ -97,7 +98,7 @@ class AddressSpace(Tables):
         """
         return leaves(self.memory, self.root, gva, self.mode.user_half if end is None else end, hidden=hidden)
 
-    def mappings(self, *, kernel: bool = False) -> list[Mapping]:
+    def mappings(self, *, kernel: bool = False) -> list[Mapped]:
         """What is mapped in the user half (or the kernel half), as few runs as can be."""
         return _runs(self.leaves(self.mode.kernel_half, self.limit) if kernel else self.leaves())
 
@@ -257,7 +258,7 @@ class AddressSpace(Tables):
         """Write the memory into ``vm`` and give vCPU ``vcpu`` (None: all of them) the registers of this space."""
         self.memory.install(vm)
         for cpu in vm.vcpus if vcpu is None else (vm.vcpus[vcpu],):
-            cpu.set_sregs(**self.sregs)
+            set_registers(cpu, self.sregs)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -311,6 +312,11 @@ class AddressSpace(Tables):
                 return found
 
 
+def set_registers(cpu: Vcpu, sregs: Mapping[str, int]) -> None:
+    """Give a vCPU control registers: cr0, cr3, cr4, efer."""
+    cpu.set_sregs(cr0=sregs["cr0"], cr3=sregs["cr3"], cr4=sregs["cr4"], efer=sregs["efer"])
+
+
 def _by_table(found: NDArray[np.void]) -> Iterator[slice]:
     """Runs of leaves whose entries are in the same table."""
     cuts = np.flatnonzero(np.diff(found["slot"] >> np.uint64(12))) + 1
@@ -319,7 +325,7 @@ def _by_table(found: NDArray[np.void]) -> Iterator[slice]:
         yield slice(first, last)
 
 
-def _runs(found: NDArray[np.void]) -> list[Mapping]:
+def _runs(found: NDArray[np.void]) -> list[Mapped]:
     """Leaves joined where both addresses go on and the rights are the same."""
     if not len(found):
         return []
@@ -333,5 +339,5 @@ def _runs(found: NDArray[np.void]) -> list[Mapping]:
     for row, right, count in zip(found[first], rights[first].tolist(), counts.tolist(), strict=True):
         size = int(row["size"])
         flags = bool(right & W), bool(right & U), bool(right & NX)
-        out.append(Mapping(int(row["gva"]), int(row["gpa"]), size * count, size, *flags))
+        out.append(Mapped(int(row["gva"]), int(row["gpa"]), size * count, size, *flags))
     return out
