@@ -39,7 +39,8 @@ from shadowkvm.terminal import (
     show_list,
 )
 from shadowkvm.trace import Recording, import_raw
-from shadowkvm.verify import add_verbs
+from shadowkvm.verify import add_verbs as add_verify_verbs
+from shadowkvm.workload_verbs import add_verbs as add_workload_verbs
 
 __all__ = ["main"]
 
@@ -62,6 +63,8 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm run examples/recordings/fork20-demote64.npz
     shadowkvm run guest.npz --policy no_unsync --format json -o no_unsync.json
     shadowkvm run guest.npz --events events.parquet
+    shadowkvm workload list
+    shadowkvm workload run fork_exit --scale 0.5
     shadowkvm counters
     shadowkvm policy list
 
@@ -76,7 +79,8 @@ trace_app = App(name="trace", help="Recordings: look into them, import raw ones.
 policy_app = App(name="policy", help="Policies: what replaces decisions of KVM.")
 app.command(trace_app)
 app.command(policy_app)
-add_verbs(app)
+add_verify_verbs(app)
+add_workload_verbs(app)
 
 FormatOption = Annotated[
     Format | None,

@@ -126,7 +126,7 @@ class Guest(RuleBasedStateMachine):
     def trap(self, process: Process, data: st.DataObject, write: bool) -> None:
         forbidden = [vma for vma in process.mm.vmas if not (vma.write if write else vma.read)]
         if forbidden:
-            self.guest.touch(process, [self.guest.layout.stack_top - 8], write=True)
+            self.guest.touch(process, [process.mm.stack_top - 8], write=True)
             vma = data.draw(st.sampled_from(forbidden))
             self.guest.trap(process, pages(vma.start, min(4, vma.pages)), write=write)
 

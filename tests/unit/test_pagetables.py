@@ -109,12 +109,11 @@ def test_unmap_gives_every_table_back(mode: str) -> None:
 def test_a_neighbour_keeps_the_table() -> None:
     space = make()
     space.map(0x1000, 0x1000, 0x1000)
-    free = space.memory.frames.free
     space.unmap(0x1000, 0x1000, tables=False)
-    space.free_tables(0x1000, 0x2000, floor=0x1000)
-    assert space.memory.frames.free == free, "the table also serves addresses below the floor"
-    space.free_tables(0x1000, 0x2000)
-    assert space.memory.frames.free == free + 3
+    assert len(space.free_tables(0x1000, 0x2000, floor=0x1000)) == 0, "the table also serves addresses below the floor"
+    assert len(space.free_tables(0x1000, 0x2000, highest=1)) == 1
+    assert len(space.free_tables(0x1000, 0x2000)) == 2
+    assert space.tables() == [space.root]
 
 
 # -- stores -----------------------------------------------------------------------------------------------------------

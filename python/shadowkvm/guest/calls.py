@@ -115,8 +115,10 @@ class Calls(Paging):
             for vma in areas:
                 lost |= self._change(process.space, vma, read=read, write=write, execute=execute)
                 vma.read, vma.write, vma.execute = read, write, execute
+                process.mm.changed()
             if lost and areas:
                 self.flush_user(process.mm, areas[0].start, areas[-1].end)
+            process.mm.merge(start, end)
 
     def _change(self, space: AddressSpace, vma: Vma, *, read: bool, write: bool, execute: bool) -> bool:
         """Store the entries of one mapping anew; whether one of them lost a right."""

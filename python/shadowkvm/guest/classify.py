@@ -75,6 +75,13 @@ class Mappings:
         self.read_bits = np.array([read for read, _ in bits], np.uint64)
         self.write_bits = np.array([write for _, write in bits], np.uint64)
 
+    @classmethod
+    def of(cls, mm: Mm) -> Mappings:
+        """Those of an address space; made anew only if something changed."""
+        if not isinstance(mm.view, cls):
+            mm.view = cls(mm)
+        return mm.view
+
     def index(self, process: Process, gvas: NDArray[np.uint64]) -> NDArray[np.int64]:
         """For each address the number of its mapping.
 
@@ -156,6 +163,8 @@ def next_batch(
         where = mappings.vmas[int(vma[at])]
         raise ConfigError(f"process {process.pid}: {what} at {int(gvas[at]):#x}, which {where!r} forbids")
     faulting = np.flatnonzero(kind != Kind.FINE)
+    if not len(faulting):
+        return Batch(process, mappings, gvas, written, found, vma, kind, faulting, Weave(len(gvas)))
     window = (gvas >> _WINDOW_SHIFT) * np.uint64(max(1, len(mappings.vmas))) + vma.astype(np.uint64)
     cut = _cut(mappings, gvas, vma, kind, window)
     faulting = faulting[faulting < cut]

@@ -38,6 +38,7 @@ class Cpu:
         self._asids: list[tuple[int, int]] = [(0, 0)] * _ASIDS
         self._asid = self._next = 0
         self._stale_user: set[int] = set()
+        self._ways_in: dict[tuple[int, int, int], NDArray[np.void]] = {}
         self._text, self._word, self._idt = text, word, entry
         self._entry_stack = entry + PAGE_SIZE + number * _CPU_ENTRY + PAGE_SIZE - 8 * word
 
@@ -105,11 +106,11 @@ class Cpu:
             stack: gva of the task's kernel stack.
             handler: which page of the kernel's code.
         """
-        rows = make_rows([Op.FETCH], self._text, vcpu=self.number)
-        if self.kpti and self.mm is not None:
-            load = make_rows([Op.CR3], value=self.cr3(self.mm, noflush=True), vcpu=self.number)
-            rows = np.concatenate((rows, load))
-        return np.concatenate((rows, self.handler(stack, handler)))
+        value = self.cr3(self.mm, noflush=True) if self.kpti and self.mm is not None else 0
+        if (stack, handler, value) not in self._ways_in:
+            entry = make_rows([Op.FETCH, Op.CR3] if value else [Op.FETCH], [self._text, 0][: 1 + bool(value)], value)
+            self._ways_in[stack, handler, value] = np.concatenate((entry, self.handler(stack, handler)))
+        return self._ways_in[stack, handler, value].copy()
 
     def handler(self, stack: int, number: int) -> NDArray[np.void]:
         """In the kernel: page ``number`` of its code, and the stack."""

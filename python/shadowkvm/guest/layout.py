@@ -38,7 +38,7 @@ class Layout:
     stack_top: int
     """A process's stack ends here."""
     mmap_top: int
-    """mmap looks for room from here downwards."""
+    """mmap looks for room from here downwards: below all places that the stack may be moved to."""
     program: int
     """A program's first page."""
 
@@ -49,7 +49,7 @@ class Layout:
     """Bytes of the kernel's code, and as many of its data."""
 
 
-_USER_64: Final = {"stack_top": 0x7FFF_FFFF_F000, "mmap_top": 0x7FFF_F7FF_F000, "program": 0x40_0000}
+_USER_64: Final = {"stack_top": 0x7FFF_FFFF_F000, "mmap_top": 0x7FFB_F7FF_F000, "program": 0x40_0000}
 _USER_32: Final = {"stack_top": 0xBFFF_F000, "mmap_top": 0xB7FF_F000, "program": 0x0804_8000}
 _IMAGE_64: Final = {
     "text": 0xFFFF_FFFF_8100_0000,

@@ -16,13 +16,15 @@ from shadowkvm.guest.faults import HUGE
 from shadowkvm.guest.kernelmaps import KernelMaps
 from shadowkvm.guest.machine import Settings
 from shadowkvm.guest.task import Mm, Process, Program, Vma
-from shadowkvm.ops import PAGE_SIZE
+from shadowkvm.ops import PAGE_SIZE, Flag, Op
 
 __all__ = ["Lifecycle"]
 
 _STACK_PAGES: Final = 4
 _USER_STACK: Final = 33
 _CACHED_STACKS: Final = 2
+# Pages that the end of the stack is moved down, at most: 32-bit, 64-bit (STACK_RND_MASK).
+_STACK_SHIFT: Final = (0x7FF, 0x3FFFFF)
 _EXIT: Final = 60
 
 
@@ -33,9 +35,9 @@ class Lifecycle(KernelMaps):
         super().__init__(settings)
         self._stacks: list[int] = []
 
-    def program(self, *, text: int = 64, data: int = 16, bss: int = 16) -> Program:
-        """A program in the page cache, with so many pages (4 KiB) of code, data and zeroed memory."""
-        return Program(self.file(text, "text"), self.file(data, "data"), bss)
+    def program(self, *, text: int = 64, data: int = 16, bss: int = 16, heap: int = 0) -> Program:
+        """A program in the page cache, with so many pages (4 KiB) of code, data, zeroed memory and heap."""
+        return Program(self.file(text, "text"), self.file(data, "data"), bss, heap)
 
     def spawn(self, program: Program | None = None) -> Process:
         """A process out of nothing, as the first one at boot; it does not run yet."""
@@ -63,6 +65,7 @@ class Lifecycle(KernelMaps):
             stack = self._stack()
             with self.stores():
                 mm = self.new_mm()
+            mm.stack_top = parent.mm.stack_top
             for vma in parent.mm.vmas:
                 copy = Vma(
                     vma.start, vma.end, vma.read, vma.write, vma.execute, vma.file, vma.offset,
@@ -100,15 +103,40 @@ class Lifecycle(KernelMaps):
             raise ConfigError(f"exec: {old.users} tasks share the address space")
         with self.syscall(process, "execve"):
             with self.stores():
-                process.mm = self.new_mm()
-            process.mm.users = 1
+                mm = self.new_mm()
+            mm.users = 1
+            self._arguments(mm)
+            process.mm = mm
             # activate_mm: from here on the old one is loaded nowhere.
-            self.emit(self.cpu.load(process.mm))
+            self.emit(self.cpu.load(mm))
             self._exit_mm(old)
             process.program = program
-            self._load(process.mm, program)
-        # The kernel copied arguments to the stack; here the program does.
-        self.touch(process, [self.layout.stack_top - 64], write=True)
+            self._load(mm, program)
+            self._shift_stack(mm)
+        self.touch(process, [mm.stack_top - 64])
+
+    def _arguments(self, mm: Mm) -> None:
+        """The kernel writes a program's arguments to the page where its stack will end (``copy_strings``)."""
+        gva = self.layout.stack_top - PAGE_SIZE
+        gfn = self.memory.frames.take()
+        self.refs[gfn] = 1
+        word = self.memory.mode.word
+        self.act(Op.STORE, self.direct(gfn << np.uint64(12)), size=word, flags=Flag.KEEP)
+        self.emit(self.note_pages(gfn))
+        with self.stores():
+            mm.space.map(gva, gfn << np.uint64(12), PAGE_SIZE, nx=self.memory.mode.nx)
+        self.act(Op.WRITE, self.direct(gfn << np.uint64(12)), size=word, flags=Flag.KEEP)
+
+    def _shift_stack(self, mm: Mm) -> None:
+        """Move the stack to its place, which is chosen by chance (``shift_arg_pages``): entry moved, flush, tables freed."""
+        source = self.layout.stack_top - PAGE_SIZE
+        with self.stores():
+            self._move_entries(mm.space, source, mm.stack_top - PAGE_SIZE, PAGE_SIZE)
+        self.flush_user(mm, source, source + PAGE_SIZE)
+        gather = Gather(self, mm)
+        gather.free_tables(source, source + PAGE_SIZE)
+        span = self.memory.mode.level(2).size
+        gather.finish(source // span * span, source // span * span + span)
 
     def exit(self, process: Process, then: Process | None = None) -> None:
         """End a process: its memory goes, and ``then`` runs on its CPU (None: nobody, the CPU idles).
@@ -135,7 +163,8 @@ class Lifecycle(KernelMaps):
 
     def _load(self, mm: Mm, program: Program | None) -> None:
         """Map a program and a stack; nothing is there before it is touched."""
-        top = self.layout.stack_top
+        shift = int(self.random.integers(1, _STACK_SHIFT[self.memory.mode.address_bits > 32]))
+        top = mm.stack_top = self.layout.stack_top - shift * PAGE_SIZE
         mm.insert(Vma(top - _USER_STACK * PAGE_SIZE, top, read=True, write=True, execute=False))
         if program is not None:
             for vma in program.vmas(self.layout.program):

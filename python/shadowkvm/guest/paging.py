@@ -14,6 +14,7 @@ from shadowkvm.guest.machine import PAGE_FAULT
 from shadowkvm.guest.task import ABSENT, File, Process, Vma
 from shadowkvm.ops import PAGE_SIZE, Flag, Op
 from shadowkvm.pagetables import AddressSpace, Weave, make_rows
+from shadowkvm.pagetables.entries import D
 from shadowkvm.pagetables.walk import addresses
 
 __all__ = ["Paging"]
@@ -44,7 +45,7 @@ class Paging(Handlers):
         written = np.broadcast_to(np.asarray(write, np.bool_), used.shape)
         if fetch and written.any():
             raise ConfigError("touch: a fetch does not write")
-        mappings = Mappings(process.mm)
+        mappings = Mappings.of(process.mm)
         at, size = 0, _MOST
         while at < len(used):
             batch = next_batch(process, mappings, used[at : at + size], written[at : at + size], fetch=fetch)
@@ -69,7 +70,15 @@ class Paging(Handlers):
             remote = rows["vcpu"] >= REMOTE
             rows["vcpu"] = np.where(remote, rows["vcpu"] - np.uint8(REMOTE), np.uint8(self.cpu.number))
             self.add(rows)
-        batch.process.space.touch(batch.gvas, write=batch.written)
+        self._mark(batch)
+
+    def _mark(self, batch: Batch) -> None:
+        """Set A and D where the CPU does: pages that a fault brought have them already."""
+        found = batch.found
+        clean = batch.written & (found.entry & np.uint64(D) == 0)
+        need = found.present & (clean | ~found.accessed)
+        if need.any():
+            batch.process.space.touch(batch.gvas[need], write=batch.written[need])
 
     def _split_first(self, batch: Batch) -> bool:
         """Split the huge page that the first fault is about, if others have it, too (``__split_huge_pmd``)."""
@@ -114,7 +123,7 @@ class Paging(Handlers):
         """
         cpu = self.run(process)
         used = addresses(gvas)
-        mappings = Mappings(process.mm)
+        mappings = Mappings.of(process.mm)
         index = mappings.index(process, used)
         allowed = (mappings.execute if fetch else mappings.write if write else mappings.read)[index]
         if allowed.any():
@@ -125,7 +134,7 @@ class Paging(Handlers):
         user["value"] = 4 + 2 * write + found.present + (16 if fetch and self.memory.mode.nx else 0)
         weave.add(user)
         way_in = (*cpu.delivery(PAGE_FAULT), *cpu.enter(process.kernel_stack, PAGE_FAULT))
-        frame = make_rows(Op.WRITE, self.layout.stack_top - 512, size=self.memory.mode.word, flags=Flag.AC | Flag.KEEP)
+        frame = make_rows(Op.WRITE, process.mm.stack_top - 512, size=self.memory.mode.word, flags=Flag.AC | Flag.KEEP)
         first = [*way_in, *frame, *cpu.leave()]
         back = [*cpu.enter(process.kernel_stack, 15), *cpu.leave()]
         for row in (*first, *back):

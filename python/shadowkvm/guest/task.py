@@ -15,10 +15,12 @@ from shadowkvm.ops import PAGE_SIZE
 from shadowkvm.pagetables import AddressSpace, Rights
 from shadowkvm.pagetables.modes import PagingMode
 
-__all__ = ["ABSENT", "File", "Mm", "Process", "Program", "Vma"]
+__all__ = ["ABSENT", "BRK_GAP", "File", "Mm", "Process", "Program", "Vma"]
 
 ABSENT: Final = np.uint64((1 << 64) - 1)
 """In `File.frames`: the page is not in the cache."""
+BRK_GAP: Final = 16 << 20
+"""Bytes between a program's zeroed memory and its heap, which Linux puts somewhere in the 32 MiB behind."""
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +73,12 @@ class Vma:
         """The bits of an entry that maps a page of it."""
         return Rights(write=write, user=self.read, nx=mode.nx and not self.execute, dirty=dirty).bits()
 
+    def goes_on(self, after: Vma) -> bool:
+        """Whether another mapping begins where this one ends, with the same rights, and goes on in the same file."""
+        same = self._has == after._has and (self.shared, self.huge, self.file) == (after.shared, after.huge, after.file)
+        next_page = self.offset + self.pages
+        return self.end == after.start and same and (self.file is None or after.offset == next_page)
+
     def split(self, at: int) -> Vma:
         """Cut at an address; what comes after it is returned."""
         offset = self.offset + (at - self.start) // PAGE_SIZE
@@ -98,11 +106,19 @@ class Mm:
         """Never used twice (``context.ctx_id``)."""
         self.mmap_top = mmap_top
         self.vmas: list[Vma] = []
+        self.stack_top = 0
+        """Where the stack ends; 0: nothing was loaded yet."""
         self.users = 0
         self.generation = 1
         """Rises with each flush (``context.tlb_gen``)."""
         self.cpus: dict[int, None] = {}
         """CPUs that have it loaded."""
+        self.view: object = None
+        """What others made of the mappings, and may keep until they change (`changed`)."""
+
+    def changed(self) -> None:
+        """A mapping came, went, or has other bounds or rights."""
+        self.view = None
 
     def find(self, gva: int) -> Vma | None:
         """The mapping that holds the address."""
@@ -118,12 +134,14 @@ class Mm:
             if other is not None and other.start < vma.end and vma.start < other.end:
                 raise ConfigError(f"{vma!r} overlaps {other!r}")
         self.vmas.insert(at, vma)
+        self.changed()
         if vma.file is not None:
             vma.file.maps.append((self, vma))
 
     def remove(self, vma: Vma) -> None:
         """Take a mapping away."""
         self.vmas.remove(vma)
+        self.changed()
         if vma.file is not None:
             vma.file.maps.remove((self, vma))
 
@@ -135,6 +153,17 @@ class Mm:
                 rest = vma.split(edge)
                 self.insert(rest)
         return [vma for vma in self.vmas if start <= vma.start and vma.end <= end]
+
+    def merge(self, start: int, end: int) -> None:
+        """Join neighbours in and around [start, end) that go on into each other (``vma_merge``)."""
+        at = max(0, bisect_right(self.vmas, start, key=lambda vma: vma.start) - 2)
+        while at + 1 < len(self.vmas) and self.vmas[at].start < end:
+            if self.vmas[at].goes_on(self.vmas[at + 1]):
+                after = self.vmas[at + 1]
+                self.remove(after)
+                self.vmas[at].end = after.end
+            else:
+                at += 1
 
     def room(self, size: int, align: int) -> int:
         """The highest free range below `mmap_top`: its first address (``vm_unmapped_area``, top down)."""
@@ -160,20 +189,25 @@ class Mm:
 
 @dataclass(eq=False, slots=True)
 class Program:
-    """What exec loads: code and data in the page cache, and how much zeroed memory comes behind."""
+    """What exec loads: code and data in the page cache, zeroed memory behind them, and a heap."""
 
     text: File
     data: File
     bss_pages: int
+    heap_pages: int
 
     def vmas(self, base: int) -> Iterator[Vma]:
-        """Its mappings: code (read, execute), data (private, writable), bss and heap (anonymous)."""
+        """Its mappings: code (read, execute), data (private, writable), bss and, a little farther, the heap (brk)."""
         end = base + self.text.pages * PAGE_SIZE
         yield Vma(base, end, read=True, write=False, execute=True, file=self.text)
         start, end = end, end + self.data.pages * PAGE_SIZE
         yield Vma(start, end, read=True, write=True, execute=False, file=self.data)
+        start, end = end, end + self.bss_pages * PAGE_SIZE
         if self.bss_pages:
-            yield Vma(end, end + self.bss_pages * PAGE_SIZE, read=True, write=True, execute=False)
+            yield Vma(start, end, read=True, write=True, execute=False)
+        start = end + BRK_GAP
+        if self.heap_pages:
+            yield Vma(start, start + self.heap_pages * PAGE_SIZE, read=True, write=True, execute=False)
 
 
 class Process:

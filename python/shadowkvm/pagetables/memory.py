@@ -23,6 +23,7 @@ __all__ = ["GuestMemory"]
 
 _EMPTY: Final = np.zeros(0, TRACE_DTYPE)
 _FIRST: Final = 1 << 20
+_PAGE_SHIFT, _IN_PAGE = np.uint64(12), np.uint64(PAGE_SIZE - 1)
 
 
 class GuestMemory:
@@ -55,21 +56,21 @@ class GuestMemory:
         if size > 1 << self.mode.physical_bits:
             raise ConfigError(f"memory {size:#x}: {self.mode.name} paging reaches {1 << self.mode.physical_bits:#x}")
         self.frames = FramePool(first >> 12, size >> 12, reuse=reuse)
-        # Row 0 of the arena is the page of zeros that stands for every page that was never written.
-        self._arena = np.zeros((64, PAGE_SIZE), np.uint8)
+        # One row a page that is held; row 0 is the page of zeros that stands for every page that was never written.
+        self._words: NDArray[Any] = np.zeros((64, PAGE_SIZE // self.mode.entry_bytes), self.mode.dtype)
         self._held = 1
-        self._where = np.zeros(size >> 12, np.int32)
+        # The row of each frame, and of what is beyond memory.
+        self._where = np.zeros((size >> 12) + 1, np.int64)
+        self._beyond = np.uint64(size >> 12)
+        self._shift = self.mode.entry_bytes.bit_length() - 1
         self._logs: list[_Log] = []
 
     # -- content --------------------------------------------------------------------------------------------------
 
     def read(self, gpas: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The entries (of the mode's width) at ``gpas``, of any shape; 0 where nothing was written or no memory is."""
-        inside = gpas < np.uint64(self.size)
-        row = self._where[np.where(inside, gpas >> np.uint64(12), 0).astype(np.int64)]
-        row = np.where(inside, row, 0)
-        column = (gpas & np.uint64(PAGE_SIZE - 1)) >> np.uint64(self._shift)
-        out: NDArray[np.uint64] = self._words[row, column.astype(np.int64)].astype(np.uint64)
+        row = self._where[np.minimum(gpas >> _PAGE_SHIFT, self._beyond)]
+        out: NDArray[np.uint64] = self._words[row, (gpas & _IN_PAGE) >> self._shift].astype(np.uint64, copy=False)
         return out
 
     def table(self, gpa: int) -> NDArray[np.uint64]:
@@ -80,33 +81,24 @@ class GuestMemory:
 
     def poke(self, gpas: NDArray[np.uint64], values: NDArray[np.uint64] | int) -> None:
         """Change entries without a store: what the CPU itself does when it sets A and D."""
-        row = self._rows_for(gpas >> np.uint64(12))
-        column = (gpas & np.uint64(PAGE_SIZE - 1)) >> np.uint64(self._shift)
-        self._words[row, column.astype(np.int64)] = values
+        if len(gpas):
+            self._words[self._rows_for(gpas >> _PAGE_SHIFT), (gpas & _IN_PAGE) >> self._shift] = values
 
-    @property
-    def _shift(self) -> int:
-        return 3 if self.mode.entry_bytes == 8 else 2
-
-    @property
-    def _words(self) -> NDArray[Any]:
-        return self._arena.view(self.mode.dtype)
-
-    def _rows_for(self, gfns: NDArray[np.uint64]) -> NDArray[np.int32]:
+    def _rows_for(self, gfns: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The arena's rows of these frames; new ones for those that have none yet."""
-        if len(gfns) and int(gfns.max()) >= self.size >> 12:
+        if len(gfns) and gfns.max() >= self._beyond:
             raise ConfigError(f"gpa {int(gfns.max()) << 12:#x} is beyond the memory of {self.size:#x} bytes")
-        at = gfns.astype(np.int64)
-        missing = np.unique(at[self._where[at] == 0])
-        if len(missing):
+        rows: NDArray[np.int64] = self._where[gfns]
+        if not rows.all():
+            missing = np.unique(gfns[rows == 0])
             need = self._held + len(missing)
-            if need > len(self._arena):
-                grown = np.zeros((2 * need, PAGE_SIZE), np.uint8)
-                grown[: self._held] = self._arena[: self._held]
-                self._arena = grown
-            self._where[missing] = np.arange(self._held, need, dtype=np.int32)
+            if need > len(self._words):
+                grown = np.zeros((2 * need, self._words.shape[1]), self._words.dtype)
+                grown[: self._held] = self._words[: self._held]
+                self._words = grown
+            self._where[missing] = np.arange(self._held, need)
             self._held = need
-        rows: NDArray[np.int32] = self._where[at]
+            rows = self._where[gfns]
         return rows
 
     # -- stores ---------------------------------------------------------------------------------------------------
@@ -166,9 +158,9 @@ class GuestMemory:
         word = self.mode.word
         gfn = np.array([gpa >> 12], np.uint64)
         row = int(self._rows_for(gfn)[0])
-        words = self._arena[row].view(f"<u{word}")
+        words = self._words[row].view(f"<u{word}")
         used = np.union1d(np.flatnonzero(words), 0).astype(np.uint64)
-        self._arena[row] = 0
+        self._words[row] = 0
         self.note(make_rows(Op.STORE, np.uint64(gpa) + used * np.uint64(word), size=word))
 
     def new_table(self) -> int:
@@ -181,7 +173,7 @@ class GuestMemory:
         """Frames for ``count`` tables, zeroed without a store: for what is there before the guest runs. Their gpas."""
         gfns = self.frames.take(count)
         rows = self._rows_for(gfns)
-        self._arena[rows] = 0
+        self._words[rows] = 0
         return gfns << np.uint64(12)
 
     # -- the log --------------------------------------------------------------------------------------------------
@@ -211,7 +203,7 @@ class GuestMemory:
     def pages(self) -> Iterator[tuple[int, bytes]]:
         """Every page that was written and is not all zeros: gpa and content, in the order of gpa."""
         for gfn in np.flatnonzero(self._where).tolist():
-            content = self._arena[self._where[gfn]]
+            content = self._words[self._where[gfn]]
             if content.any():
                 yield gfn << 12, content.tobytes()
 

@@ -42,6 +42,8 @@ class Walk(NamedTuple):
     """gpa of the last entry that was read."""
     entry: NDArray[np.uint64]
     """That entry."""
+    accessed: NDArray[np.bool_]
+    """A is set in every entry on the way (in the top ones of PAE there is none)."""
 
 
 def addresses(gvas: ArrayLike) -> NDArray[np.uint64]:
@@ -53,26 +55,36 @@ def walk(memory: GuestMemory, root: int, gvas: NDArray[np.uint64]) -> Walk:
     """Walk the tables from ``root`` for each address, changing nothing."""
     mode = memory.mode
     shape = gvas.shape
-    table = np.full(shape, root, np.uint64)
+    table: NDArray[np.uint64] = np.full(shape, root, np.uint64)
     active = mode.canonical(gvas)
     gpa, slot, entry = np.zeros(shape, np.uint64), np.zeros(shape, np.uint64), np.zeros(shape, np.uint64)
-    rights = np.full(shape, W | U, np.uint64)
+    rights = np.full(shape, W | U | A, np.uint64)
     no_execute, present, level_of = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.uint8)
     for level in mode.levels:
         here = table + mode.index(gvas, level) * np.uint64(mode.entry_bytes)
-        read = memory.read(np.where(active, here, 0))
-        slot, entry = np.where(active, here, slot), np.where(active, read, entry)
-        level_of[active] = level.number
-        active &= read & np.uint64(P) != 0
+        whole = bool(active.all())
+        if whole:
+            # The usual case near the top: every address gets this far.
+            read = memory.read(here)
+            slot, entry = here, read
+            level_of[:] = level.number
+        elif not active.any():
+            break
+        else:
+            read = memory.read(np.where(active, here, 0))
+            slot, entry = np.where(active, here, slot), np.where(active, read, entry)
+            level_of[active] = level.number
+        active = active & (read & np.uint64(P) != 0)
         # A PDPTE of PAE grants everything: its rights bits are reserved.
         if level.entries > 4:
-            rights = np.where(active, rights & read, rights)
-            no_execute |= active & (read & np.uint64(NX) != 0)
-        leaf = active & is_leaf(level, read)
-        inside = np.uint64(level.size - 1)
-        gpa = np.where(leaf, frames(mode, level, read, leaf=True) | (gvas & inside), gpa)
-        present |= leaf
-        active &= ~leaf
+            rights &= np.where(active, read, ~np.uint64(0))
+            no_execute |= active & (read >= np.uint64(NX))
+        if level.leaf:
+            leaf = active & is_leaf(level, read)
+            inside = gvas & np.uint64(level.size - 1)
+            gpa = np.where(leaf, frames(mode, level, read, leaf=True) | inside, gpa)
+            present |= leaf
+            active &= ~leaf
         table = frames(mode, level, read, leaf=False)
     return Walk(
         gpa,
@@ -83,6 +95,7 @@ def walk(memory: GuestMemory, root: int, gvas: NDArray[np.uint64]) -> Walk:
         level_of,
         slot,
         entry,
+        present & (rights & np.uint64(A) != 0),
     )
 
 
