@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -158,7 +158,9 @@ def _per(value: float, count: float) -> float | None:
 
 def as_tables(result: ScenarioResult) -> RenderableType:
     """The result for people, something that a rich console prints."""
-    return Group(*_head(result), Text(), _counter_table(result), Text(), _phase_table(result), Text(), *_verdict(result))
+    return Group(
+        *_head(result), Text(), _counter_table(result), Text(), _phase_table(result), Text(), *_verdict(result)
+    )
 
 
 def _head(result: ScenarioResult) -> Iterator[Text]:

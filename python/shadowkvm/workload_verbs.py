@@ -22,7 +22,9 @@ _SCHEMA: Final = "shadowkvm.workloads/1"
 FormatOption = Annotated[
     Format | None, Parameter(name="--format", help="table (for people), json or csv; else what the suffix of -o says.")
 ]
-JsonOption = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="The same as --format json.")]
+JsonOption = Annotated[
+    bool, Parameter(name="--json", negative="", show_default=False, help="The same as --format json.")
+]
 OutputOption = Annotated[
     Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
 ]

@@ -128,7 +128,7 @@ class Lifecycle(KernelMaps):
         self.act(Op.WRITE, self.direct(gfn << np.uint64(12)), size=word, flags=Flag.KEEP)
 
     def _shift_stack(self, mm: Mm) -> None:
-        """Move the stack to its place, which is chosen by chance (``shift_arg_pages``): entry moved, flush, tables freed."""
+        """Move the stack to its place (``shift_arg_pages``): the entry moved, flushed, the old tables freed."""
         source = self.layout.stack_top - PAGE_SIZE
         with self.stores():
             self._move_entries(mm.space, source, mm.stack_top - PAGE_SIZE, PAGE_SIZE)

@@ -153,12 +153,19 @@ def entry_slots(
     if start < mode.user_half:
         # Behind it comes what is no address at all.
         end = min(end, mode.user_half)
-    index = np.arange(level.entries, dtype=np.uint64)
+    first, last = 0, level.entries
+    if len(tables.base) == 1:
+        base = int(tables.base[0])
+        first = min(last, max(0, (start - base) >> level.shift))
+        last = min(last, max(first, (end - 1 - base >> level.shift) + 1)) if end > start else first
+    index = np.arange(first, last, dtype=np.uint64)
     gvas = (tables.base[:, None] + (index << np.uint64(level.shift))[None, :]).reshape(-1)
     slots = (tables.gpa[:, None] + (index * np.uint64(mode.entry_bytes))[None, :]).reshape(-1)
-    last = gvas + np.uint64(level.size - 1)
+    if len(tables.base) == 1:
+        return slots, gvas
     # The top of the address space: `end` may be 2**64.
-    wanted = (last >= np.uint64(start)) & (gvas <= np.uint64(end - 1)) if end > start else np.zeros(len(gvas), np.bool_)
+    inside = gvas + np.uint64(level.size - 1)
+    wanted = (inside >= np.uint64(start)) & (gvas <= np.uint64(end - 1)) if end > start else np.zeros(len(gvas), bool)
     return slots[wanted], gvas[wanted]
 
 
@@ -168,18 +175,27 @@ def leaves(memory: GuestMemory, root: int, start: int, end: int, *, hidden: bool
     ``hidden``: also entries that would, were they present (`PROTNONE`).
     """
     mode = memory.mode
-    out = [np.zeros(0, LEAF_DTYPE)]
-    for tables in table_pages(memory, root, start, end):
+    out: list[NDArray[np.void]] = []
+    base = np.uint64(start) & ~np.uint64((1 << mode.address_bits) - 1)
+    tables = TableRange(mode.top, np.array([root], np.uint64), np.array([base], np.uint64))
+    for level, below in zip(mode.levels, (*mode.levels[1:], mode.top), strict=True):
         slots, gvas = entry_slots(mode, tables, start, end)
         read = memory.read(slots)
-        leaf = is_leaf(tables.level, read)
+        leaf = is_leaf(level, read)
+        leads = (read & np.uint64(P) != 0) & ~leaf
         if hidden:
-            leaf |= is_leaf(tables.level, read | np.uint64(P)) & (read & np.uint64(P | PROTNONE) == PROTNONE)
-        rows = np.zeros(int(np.count_nonzero(leaf)), LEAF_DTYPE)
-        rows["gva"], rows["slot"], rows["size"] = gvas[leaf], slots[leaf], tables.level.size
-        rows["gpa"] = frames(mode, tables.level, read[leaf], leaf=True)
-        rows["bits"] = read[leaf] & ~np.uint64(_ADDRESS_BITS | (PS if tables.level.number > 1 else 0))
-        rows["level"] = tables.level.number
-        out.append(rows)
+            leaf |= is_leaf(level, read | np.uint64(P)) & (read & np.uint64(P | PROTNONE) == PROTNONE)
+        if leaf.any():
+            rows = np.zeros(int(np.count_nonzero(leaf)), LEAF_DTYPE)
+            rows["gva"], rows["slot"], rows["size"] = gvas[leaf], slots[leaf], level.size
+            rows["gpa"] = frames(mode, level, read[leaf], leaf=True)
+            rows["bits"] = read[leaf] & ~np.uint64(_ADDRESS_BITS | (PS if level.number > 1 else 0))
+            rows["level"] = level.number
+            out.append(rows)
+        if not leads.any():
+            break
+        tables = TableRange(below, frames(mode, level, read[leads], leaf=False), gvas[leads])
+    if len(out) < 2:
+        return out[0] if out else np.zeros(0, LEAF_DTYPE)
     found = np.concatenate(out)
     return found[np.argsort(found["gva"], kind="stable")]

@@ -60,7 +60,8 @@ class Scenario:
 
     def _begin(self) -> tuple[Linux, Iterator[Step]]:
         """A fresh guest at its start, and the steps that follow."""
-        guest = Linux(seed=self.seed, **{name: self.values[name] for name in self.workload.guest_settings})
+        settings = {name: self.values[name] for name in self.workload.guest_settings}
+        guest = Linux(seed=self.seed, **settings | dict(self.workload.settings(self.values)))
         steps = self.workload.body(guest, self.values)
         first = next(steps, None)
         if first is None or not guest.started:

@@ -42,6 +42,11 @@ GUEST_PARAMETERS: Final = (
 _SETTINGS: Final = tuple(name for name in Settings.__dataclass_fields__ if name != "seed")
 
 
+def _no_settings(values: Values) -> Mapping[str, Value]:
+    del values
+    return {}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
     """A kind of load on a guest.
@@ -57,6 +62,7 @@ class Workload:
         unit: what its work is counted in: "fork", "page".
         guest: other defaults for GUEST_PARAMETERS.
         fixed: guest parameters that it does not take.
+        settings: settings of the guest that its own parameters decide.
         work: how many units there are, from the values.
 
     >>> from shadowkvm.workloads import get
@@ -75,6 +81,7 @@ class Workload:
     work: Callable[[Values], float]
     guest: Mapping[str, Value] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    settings: Callable[[Values], Mapping[str, Value]] = _no_settings
 
     @property
     def all_parameters(self) -> dict[str, Parameter]:

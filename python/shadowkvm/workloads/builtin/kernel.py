@@ -156,13 +156,13 @@ KERNEL: Final = (
         name="kernel_map_change",
         summary="the kernel maps and unmaps memory of its own while processes exist",
         stresses=(
-            "Tables that all address spaces share: a store to a page table of the vmalloc area makes it unsync under every "
-            "root, so the next CR3 load, whoever's it is, has to look for it and compare it."
+            "Tables that all address spaces share: a store to a page table of the vmalloc area makes it unsync under "
+            "every root, so the next CR3 load, whoever's it is, looks for it and compares it."
         ),
         look_for=(
-            "phase switch: the comparison, done by whoever is switched to next",
-            "processes=2 against 64: the mark goes up to all roots that KVM still has",
-            "lazy_vfree=0: each vfree flushes at once, on all CPUs",
+            "mmu_unsync: up in phase change, down in phase switch: who comes next pays for the comparison",
+            "phase change: one fault for the table, one for each page: prefetch stops where vfree left holes",
+            "lazy_vfree=0: addresses come back at once, and one fault brings all pages of a change",
         ),
         body=kernel_map_change,
         parameters=(
@@ -177,13 +177,13 @@ KERNEL: Final = (
         name="page_cache_scan",
         summary="mapped files are read, aged and reclaimed",
         stresses=(
-            "Fault-around (16 entries stored for one fault), bits A that the kernel clears without a flush, and reclaim, "
-            "which takes entries away under all who map the file."
+            "Fault-around (16 entries stored for one fault), bits A that the kernel clears without a flush, and "
+            "reclaim, which takes entries away under all who map the file."
         ),
         look_for=(
-            "phase scan: pf_guest of one for each 16 pages while the cache is warm",
-            "phase age: stores into page tables, free as long as they are unsync",
-            "after aging: an entry without A is dropped at the next flush, and the page faults again",
+            "phase scan: pf_guest of one for each 16 pages; io_exits where pages had been reclaimed",
+            "phase age: stores into page tables, free once the tables are unsync",
+            "second pass: entries without A are not prefetched: one fault for each page, not for each eight",
         ),
         body=page_cache_scan,
         parameters=(
@@ -199,13 +199,13 @@ KERNEL: Final = (
         name="mmio_poll",
         summary="a driver polls a register of a device",
         stresses=(
-            "MMIO entries: the first access makes one, the others are told by it at once, without a walk of the guest's "
-            "tables. Each change of the memslots makes all of them stale."
+            "MMIO entries: the first access makes one, the others are told by it at once, without a walk of the "
+            "guest's tables. Each change of the memslots makes all of them stale."
         ),
         look_for=(
+            "mmio_exits and insn_emulation: one for each poll; x_mmio_faults: those that the entry answered",
             "pf_mmio_spte_created: 1, or one for each change of the slots",
-            "x_mmio_faults: the polls that an MMIO entry answered",
-            "slots=true: mmu_shadow_zapped, because deleting a slot zaps everything",
+            "slots=true: mmu_shadow_zapped in phase slot, because deleting a slot zaps everything",
         ),
         body=mmio_poll,
         parameters=(
@@ -221,13 +221,13 @@ KERNEL: Final = (
         name="nested_tables",
         summary="an inner hypervisor with shadow tables of its own, on top of ours",
         stresses=(
-            "Tables that churn by themselves: at each exit of its guest the inner hypervisor stores a few entries, now and "
-            "then clears them all, and loads CR3 twice. Every table goes unsync and is compared at once."
+            "Tables that churn by themselves: at each exit of its guest the inner hypervisor stores a few entries, "
+            "now and then clears them all, and loads CR3 twice. The table goes unsync and is compared at once."
         ),
         look_for=(
-            "exits for each inner exit: at least the two CR3 loads",
-            "entries and pages: the comparison costs by the present entry, not by the changed one",
-            "zap_every: what clearing all entries does",
+            "exits: the two CR3 loads, one fault for the table, and those of pages that are new",
+            "pages=4096: the comparison costs by the present entry, not by the changed one",
+            "zap_every=10: clearing everything is cheap, filling it again is not",
         ),
         body=nested_tables,
         parameters=(
@@ -245,14 +245,13 @@ KERNEL: Final = (
         name="live_migration",
         summary="dirty-log rounds of a migration while the guest goes on writing",
         stresses=(
-            "Write protection by the host: turning the log on takes W from every shadow entry, each GET_DIRTY_LOG from "
-            "those that were written since, and the next store to each page is a fault. Entries of unsync tables that are "
-            "compared at a flush mark their pages dirty, written or not."
+            "Write protection by the host: turning the log on takes W from every shadow entry, each GET_DIRTY_LOG "
+            "from those that were written since, and the next store to each page is a fault."
         ),
         look_for=(
-            "phase round: pf_fixed of one for each page dirtied",
-            "the log's frames (answer) against dirtied: what is dirty that nobody wrote",
-            "phase after: the first stores after the log is off still fault once",
+            "phase round: pf_fixed of one for each page dirtied; no prefetch while the log is on",
+            "frames in dirty logs: as many as were dirtied",
+            "phase after: the log is off, but what is still read-only in the shadow faults once more",
         ),
         body=live_migration,
         parameters=(

@@ -110,16 +110,16 @@ MAPPING: Final = (
         name="mmap_cycle",
         summary="memory is mapped, touched, unmapped, again and again",
         stresses=(
-            "Demand faults: each first touch is a #PF exit that is reflected to the guest, then one that maps the page. "
-            "The guest's stores to the page table are free (unsync) until the flush of munmap compares the table entry "
-            "by entry. With reuse_gpa the same frames come back, so that what the host has behind them is warm; without "
-            "it each chunk has fresh ones."
+            "Demand faults: each first touch is a #PF exit that is reflected to the guest, and one more that maps the "
+            "page. The guest's stores to its page table are free, as the table is unsync; munmap clears all entries, "
+            "and the flush and two emulated stores above them are its only exits. With reuse_gpa the same frames come "
+            "back, so that what the host has behind them is warm."
         ),
         look_for=(
-            "pf_guest: one for each page, and pf_taken about two",
-            "reuse_gpa=false host=absent against the default: what a cold second stage costs",
-            "chunk=128K (INVLPG) against 2M (CR3 load): flush_ceiling decides",
-            "policy no_unsync: each store to the page table is then an exit (pf_emulate)",
+            "pf_guest: one for each page; pf_taken: two, and one more for each 8 pages of the direct map (zeroing)",
+            "phase unmap: a handful of exits, however many pages; with chunk=128K one INVLPG for each page",
+            "reuse_gpa=false host=absent: no prefetch of pages that the host does not have yet",
+            "policy no_unsync: two more exits for each page, one for each store to its entry",
         ),
         body=mmap_cycle,
         parameters=(
@@ -131,18 +131,20 @@ MAPPING: Final = (
         unit="chunk",
         work=cycles,
         fixed=("reuse",),
+        settings=lambda p: {"reuse": "lifo" if p.reuse_gpa else "fifo"},
     ),
     Workload(
         name="jit_flip",
         summary="a just-in-time compiler: pages are made writable, written, made executable, run",
         stresses=(
-            "mprotect under W^X: each flip stores the entries of a few pages twice (XCHG, MOV) and flushes them one by "
-            "one. In an unsync table INVLPG drops the shadow entry and fetches it again, whether it changed or not."
+            "mprotect under W^X: each flip stores the entries of a few pages twice (XCHG, MOV) and flushes them one "
+            "by one. The table is unsync all the time, and INVLPG drops the shadow entry and fetches it again, so "
+            "that no fault follows."
         ),
         look_for=(
-            "invlpg: two for each page and flip (pages up to flush_ceiling)",
-            "pf_guest is 0: the guest itself takes no fault; all faults are the shadow's",
-            "pages=64: the flushes become CR3 loads, which compare whole tables",
+            "invlpg: two for each page and flip, and no other exit; each is a TLB flush, too",
+            "pf_guest is 0: pages that the program alone has become writable without a fault",
+            "pages=64: beyond flush_ceiling one CR3 load replaces 64 INVLPG; the next store to the table faults",
         ),
         body=jit_flip,
         parameters=(
@@ -157,13 +159,14 @@ MAPPING: Final = (
         name="gc_compaction",
         summary="a compacting collector: live pages are moved under page protection",
         stresses=(
-            "Protection traps and mappings cut into pieces: the new heap begins without rights, each first access traps "
-            "to the program, which opens the page (mprotect) and copies into it; at the end the old heap is unmapped."
+            "Protection traps, and mappings cut into pieces: the new heap begins without rights, each first access "
+            "traps to the program, which opens the page (mprotect) and copies into it; at the end the old heap is "
+            "unmapped."
         ),
         look_for=(
-            "pf_guest: two for each live page (the trap, then the new page)",
-            "exits for each page: what a barrier made of page protection costs under shadow paging",
-            "phase release: entries cleared in bulk, then the flush",
+            "phase evacuate: pf_guest of two for each live page, the trap and the new page; pf_taken about three",
+            "phase release: all entries are cleared, the table is unsync: two exits or so",
+            "phase allocate: pages that nobody copied are touched for the first time",
         ),
         body=gc_compaction,
         parameters=(
@@ -178,14 +181,15 @@ MAPPING: Final = (
         name="pde_flood",
         summary="many entries of a page directory are stored in a row",
         stresses=(
-            "Write flooding: a page directory is write-tracked, each store to it is emulated, and the third without a use "
-            "in between zaps its shadow page with all unsync tables below. Linux does that when it unmaps a wide, sparse "
-            "range: pmd_clear for each page table."
+            "Write flooding: a page directory is write-tracked and each store to it is emulated; the third without a "
+            "use in between zaps its shadow page and all unsync tables below. Linux stores in a row when it unmaps a "
+            "wide, sparse range: pmd_clear for each page table."
         ),
         look_for=(
-            "phase unlink: mmu_flooded, and pf_emulate of 2 for each flooded directory, however many tables there are",
+            "phase unlink: two stores emulated, the third zaps (mmu_flooded), the others meet an ordinary page",
             "phase link: one emulated store for each table; each is followed by a use, so that nothing floods",
-            "policy zap_on_write: every store zaps",
+            "phase unlink: pf_fixed of one for each table, which goes unsync when its own entry is cleared",
+            "policy zap_on_write: shadow pages made and zapped for each table",
         ),
         body=pde_flood,
         parameters=(
@@ -199,13 +203,13 @@ MAPPING: Final = (
         name="huge_pages",
         summary="huge pages of the guest: mapped, touched, split, unmapped",
         stresses=(
-            "Large guest pages on small host pages: the shadow cuts each into 512 entries of a direct page. Stores that "
-            "change a huge page are stores to a page directory, hence emulated. With host=huge-2m both are large and one "
-            "entry serves 2 MiB."
+            "Large guest pages on small host pages: the shadow cuts each into 512 entries of a direct page, made "
+            "eight at a time. An entry of a huge page is in a page directory: storing it is emulated. With "
+            "host=huge-2m one shadow entry serves 2 MiB."
         ),
         look_for=(
-            "host=huge-2m against the default: pages_2m instead of pages_4k, and the faults of phase touch",
-            "phase split: the new table is filled by 512 stores before it is linked by one that is emulated",
+            "phase touch: 64 faults for each huge page, 64 for the zeroing; with host=huge-2m one or two",
+            "phase split: the new table is filled by 512 stores for nothing, and linked by one that is emulated",
             "pf_guest: one for each huge page",
         ),
         body=huge_pages,

@@ -134,14 +134,16 @@ PROCESSES: Final = (
         name="fork_exit",
         summary="a process forks a child that touches a little and exits",
         stresses=(
-            "fork: every writable entry of the parent is write-protected (the table goes unsync), the child's tables are "
-            "built in fresh frames, the flush compares the parent's. Exit zaps the child's root and tables. In between "
-            "copies on write on both sides."
+            "fork write-protects every writable entry of the parent (its tables go unsync), builds the child's tables "
+            "in fresh frames, and flushes, which compares the parent's tables. Frames of the last child's tables are "
+            "still shadowed when fork zeroes them for the next one: each such page is zapped by the first store to "
+            "it."
         ),
         look_for=(
-            "mmu_shadow_zapped for each fork: the child's tables, whose frames are written as something else again",
-            "phase fork: emulated stores to the child's upper tables come only if their frames are still shadowed",
-            "pages=4096: the flush after fork costs by the present entry",
+            "phase fork: x_retries and mmu_shadow_zapped: tables freed long ago, used again only now",
+            "phase child: a root and tables are shadowed anew (mmu_cache_miss) for a moment",
+            "phase exit: one emulated store for each upper-level entry that is cleared",
+            "pages=4096: one more comparison for each 512 pages of the parent",
         ),
         body=fork_exit,
         parameters=(
@@ -158,13 +160,14 @@ PROCESSES: Final = (
         name="exec_storm",
         summary="a shell that starts short programs: fork, exec, run, exit",
         stresses=(
-            "Address spaces that live for moments: two sets of tables for each program, made, shadowed, torn down; the "
-            "kernel's half is found again through each new top table. Code comes from the page cache by fault-around."
+            "Address spaces that live for moments: two sets of tables for each program, made, shadowed, torn down; "
+            "the kernel's half is found again under each new top table (pf_spurious). Code comes from the page cache, "
+            "16 pages a fault."
         ),
         look_for=(
-            "mmu_cache_miss and mmu_shadow_zapped for each exec: tables shadowed in vain",
-            "phase exec: the old address space is cleared while it is loaded nowhere",
-            "against examples/recordings/fork20-demote64.npz, which is 20 times this by a real Linux (docs/workloads.md)",
+            "CR3 loads: six (fork's flush, child, exec, moved stack, exit, shell)",
+            "mmu_cache_miss and mmu_shadow_zapped: twelve tables of the guest shadowed in vain for each program",
+            "phase run: one fault of the guest for each 16 pages of code, two of the shadow (it prefetches eight)",
         ),
         body=exec_storm,
         parameters=(
@@ -183,13 +186,13 @@ PROCESSES: Final = (
         name="cow_storm",
         summary="children are forked, and everybody writes to everything",
         stresses=(
-            "Copies on write: each store takes the guest's own fault, a copy through the direct map, and an entry that is "
-            "cleared, flushed by INVLPG and stored anew in an unsync table."
+            "Copies on write: each store takes the guest's own fault; a copy is made through the direct map, and an "
+            "entry that is cleared, flushed by INVLPG and stored anew, all in an unsync table."
         ),
         look_for=(
-            "invlpg: one for each page copied; each drops and fetches a shadow entry",
+            "phase copy: pf_guest, pf_fixed and INVLPG of one each for each page",
             "phase reuse: the last owner's pages become writable without copy or flush",
-            "pf_guest: one for each page and process",
+            "phase fork: the costs for each child, however many pages",
         ),
         body=cow_storm,
         parameters=(
@@ -204,14 +207,14 @@ PROCESSES: Final = (
         name="context_switch",
         summary="processes take turns, each with a working set",
         stresses=(
-            "CR3 loads: KVM keeps four roots (one and three cached); with more processes each load finds its root by the "
-            "hash again. Nothing is unsync, so nothing is compared; what is left is the exit, the flush, and hardware that "
-            "has to walk again."
+            "CR3 loads: KVM keeps four roots a CPU, the current one and three cached; other roots are found again by "
+            "their frame. Nothing is unsync, so nothing is compared: what is left is one exit and one flush for each "
+            "switch."
         ),
         look_for=(
-            "processes=4 against 5: with the fifth the cached roots no longer help",
-            "kpti=true: two roots for each process, and CR3 loads at each way in and out",
-            "pcid=true: loads without a flush (tlb_flush)",
+            "exits and tlb_flush: one for each switch, and no #PF exit after phase start",
+            "kpti=true: two more of each, for the ways out of and into the kernel",
+            "pcid=true: no flush, as long as there are no more processes than the six PCIDs of Linux",
         ),
         body=context_switch,
         parameters=(
@@ -228,13 +231,13 @@ PROCESSES: Final = (
         name="syscall_storm",
         summary="system calls, nothing else",
         stresses=(
-            "Ways in and out of the kernel. Without KPTI no exit at all; with it two CR3 loads each call, hence two exits, "
-            "two flushes and what was unsync compared."
+            "Ways in and out of the kernel. Without KPTI no exit at all; with it two CR3 loads for each call: two "
+            "exits, two flushes, and whatever was unsync compared."
         ),
         look_for=(
-            "kpti=true: exits 2 for each call",
-            "kpti=true pcid=true: the loads have bit 63 set and flush nothing",
-            "default: 0 exits after phase start, the floor of all other workloads",
+            "default: no exit after phase start: the floor of all other workloads",
+            "kpti=true: exits and tlb_flush of 2 for each call",
+            "kpti=true pcid=true: the exits stay, the flushes go (bit 63 of CR3)",
         ),
         body=syscall_storm,
         parameters=(
@@ -248,13 +251,13 @@ PROCESSES: Final = (
         name="shootdown",
         summary="threads on several CPUs: one drops memory, all must flush",
         stresses=(
-            "TLB shootdowns: interrupts to every CPU that runs a thread, a flush on each, in tables that all of them share. "
-            "What the first flush brings in step the others find done."
+            "TLB shootdowns: an interrupt to every CPU that runs a thread, and a flush on each, in tables that all of "
+            "them share. Each INVLPG drops and fetches the shared entry again, and asks all CPUs for a flush."
         ),
         look_for=(
-            "exits for each drop grow with cpus: an exit for each interrupt sent, CR3 loads or INVLPG on each CPU",
-            "invlpg: cpus times pages (up to flush_ceiling)",
-            "pf_spurious in phase use: a CPU that faults where another one has repaired the shadow",
+            "invlpg: pages times cpus for each drop; io_exits: one for each interrupt sent",
+            "remote_tlb_flush_requests: one for each page: the second CPU finds nothing present",
+            "phase use: two #PF exits for each page by whoever comes first, none for the other threads",
         ),
         body=shootdown,
         parameters=(
