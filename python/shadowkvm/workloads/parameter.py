@@ -63,9 +63,10 @@ class Parameter:
             return self.check(text)
         if isinstance(self.default, float):
             try:
-                return self.check(float(text))
+                number = float(text)
             except ValueError:
                 raise ConfigError(f"{self.name} {text!r} is no number") from None
+            return self.check(number)
         found = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)\s*([kmgt]?)(i?b)?", text, re.IGNORECASE)
         if not found or (found[2] and self.unit != "bytes"):
             hint = ", such as 64M" if self.unit == "bytes" else ""
