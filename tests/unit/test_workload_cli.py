@@ -155,9 +155,9 @@ def broken(guest: Any, p: Any) -> Iterator[Step]:
 
 def test_a_guest_that_sees_something_else_is_exit_1(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Workload(
-        name="wrong", summary="s", stresses="s", look_for=(), body=broken, parameters=(), unit="u", work=lambda p: 1.0
+        name="wrong", summary="s", stresses="s", look_for=(), body=broken, parameters=(), unit="u", work=lambda _: 1.0
     )
-    monkeypatch.setattr("shadowkvm.workload_verbs.get", lambda name: wrong)
+    monkeypatch.setattr("shadowkvm.workload_verbs.get", lambda _: wrong)
     status, out, err = shell("workload", "run", "wrong")
     assert status == 1
     assert "0 as its tables say, 1 otherwise" in out

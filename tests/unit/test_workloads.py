@@ -1,4 +1,4 @@
-"""Workloads as such: parameters, scenarios that are the same each time, the registry, recordings; all of them audited."""
+"""Workloads as such: parameters, scenarios that are the same each time, registry, recordings; all of them audited."""
 
 from __future__ import annotations
 
@@ -172,8 +172,12 @@ def test_host_acts_are_rows_too() -> None:
     by_rows = vm.run(scenario.trace(), outcomes=True)
     for name in ("pf_fixed", "remote_tlb_flush_requests", "pages_4k"):
         assert by_rows.counters[name] == by_steps.counters[name], name
-    acts = [HostAct("add_slot", (3, 1 << 32, 1 << 20)), HostAct("notifier_unmap", (0, 4096)), HostAct("delete_slot", (3,)),
-            HostAct("set_page_quota", (100,))]  # fmt: skip
+    acts = [
+        HostAct("add_slot", (3, 1 << 32, 1 << 20)),
+        HostAct("notifier_unmap", (0, 4096)),
+        HostAct("delete_slot", (3,)),
+        HostAct("set_page_quota", (100,)),
+    ]
     one, other = sk.Vm(1 << 20), sk.Vm(1 << 20)
     for act in acts:
         assert act.apply(one) == 0
@@ -293,7 +297,7 @@ number = 7
 
 
 @pytest.fixture
-def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A distribution "their-workloads" on the path, with one good workload and several that are not."""
     (tmp_path / "their_workloads.py").write_text(PLUGIN)
     info = tmp_path / "their_workloads-1.0.dist-info"
@@ -309,7 +313,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     ]
     (info / "entry_points.txt").write_text(f"[{GROUP}]\n" + "\n".join(points) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def test_other_packages_bring_workloads(distribution: Path) -> None:
@@ -358,7 +362,7 @@ def test_an_unknown_workload_has_the_nearest() -> None:
 def own(body: Any, **fields: Any) -> Workload:
     settings: dict[str, Any] = {
         "name": "own", "summary": "s", "stresses": "s", "look_for": (), "parameters": (), "unit": "step",
-        "work": lambda p: 1.0,
+        "work": lambda _: 1.0,
     }  # fmt: skip
     return Workload(body=body, **settings | fields)
 
