@@ -4,6 +4,7 @@
 
 use shadowkvm_fuzz::decode::{RECORD, act};
 use shadowkvm_fuzz::finding;
+use shadowkvm_fuzz::world::Machine;
 use std::process::ExitCode;
 
 /// What makes two findings the same: the text without numbers.
@@ -17,7 +18,7 @@ fn shorten(mut data: Vec<u8>, model: bool) -> Vec<u8> {
     let Some(wanted) = finding(&data, model).map(|text| kind(&text)) else { return data };
     let mut group = 64;
     while group > 0 {
-        let mut at = 2;
+        let mut at = header(&data);
         while at < data.len() {
             let end = (at + group * RECORD).min(data.len());
             let shorter = [&data[..at], &data[end..]].concat();
@@ -30,6 +31,11 @@ fn shorten(mut data: Vec<u8>, model: bool) -> Vec<u8> {
         group /= 2;
     }
     data
+}
+
+/// Bytes before the first record.
+fn header(data: &[u8]) -> usize {
+    data.len() - Machine::read(data).map_or(0, |(_, rest)| rest.len())
 }
 
 fn main() -> ExitCode {
@@ -47,10 +53,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let [kind, host, rest @ ..] = data.as_slice() else { return ExitCode::SUCCESS };
-    println!("kind {kind:#x} host {host:#x}");
+    let Some((machine, rest)) = Machine::read(&data) else { return ExitCode::SUCCESS };
+    println!("{machine:x?}");
     for (i, record) in rest.as_chunks::<RECORD>().0.iter().enumerate() {
-        println!("{i:3} {:x?}", act(*record, 1 + usize::from(kind >> 1 & 3) % 3));
+        println!("{i:3} {:x?}", act(*record, machine.vcpus()));
     }
     let Some(text) = finding(&data, model) else { return ExitCode::SUCCESS };
     println!("{text}");

@@ -2,14 +2,15 @@
 //!
 //! Every input means something, and each record stands for itself, so that the fuzzer can cut and splice them.
 
-use crate::world::{DATA, MEMORY, SITES, SLOT1, TABLES, build};
+use crate::world::{DATA, DESCRIPTORS, MEMORY, PML5, Paging, SITES, SLOT1, TABLES};
+use shadowkvm_core::bits::{
+    CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE, CR4_SMAP,
+    CR4_SMEP, EFER_LME, EFER_NX,
+};
 use shadowkvm_core::cpu::Registers;
-use shadowkvm_core::engine::{RunOptions, Vm};
 use shadowkvm_core::fault::insn::{Action, Insn, RmwKind};
 use shadowkvm_core::memory::HostState;
 use shadowkvm_core::ops::{FLAG_AC, FLAG_DELIVERY, FLAG_IMPLICIT, FLAG_KEEP, FLAG_USER, OpCode, Row};
-use shadowkvm_core::outcome::Outcome;
-use shadowkvm_core::types::Gpa;
 
 /// Bytes of one record.
 pub const RECORD: usize = 6;
@@ -31,6 +32,37 @@ pub enum Act {
     Table(u64, u64),
     /// Loads from one page in each of the 2 MiB from there on.
     Sweep(Row, u64),
+    /// The guest leaves its paging mode for another one, with these bits of CR4, into address space `.3`.
+    Switch(usize, Paging, u64, u64),
+    /// Some bits of CR0, CR4 or EFER change.
+    Toggle(usize, OpCode, u64),
+    /// INVPCID of that type with its descriptor there.
+    Invpcid(usize, u64, u64),
+    /// WRPKRU.
+    Pkru(usize, u32),
+    /// A change of the entry that leads to an address.
+    Aim(Aim),
+}
+
+/// A change of the entry that leads to an address, perhaps with a use before it and a flush after.
+#[derive(Clone, Copy, Debug)]
+pub struct Aim {
+    /// Whose tables.
+    pub vcpu: u8,
+    /// Who stores to them.
+    pub editor: u8,
+    /// The address.
+    pub gva: u64,
+    /// The level of the entry, or above it the top one.
+    pub level: u32,
+    /// Write, or XOR of some bits.
+    pub op: OpCode,
+    /// What is written.
+    pub value: u64,
+    /// The page is read before.
+    pub used: bool,
+    /// What follows: nothing, INVLPG, the same CR3 again.
+    pub flush: Option<OpCode>,
 }
 
 const OPS: [OpCode; 32] = {
@@ -45,7 +77,37 @@ const OPS: [OpCode; 32] = {
 };
 const FLAGS: [u64; 16] =
     [0x67, 0x67, 0x63, 0x65, 0x61, 0x27, 0x07, 0x03, 0xe7, 0xe3, 0xa5, 0x23, 0x00, 0x66, 0x1067, 0x167];
-const TOPS: [u64; 8] = [0, 0, 0, 0, 0, 1 << 63, 1 << 45, 1 << 51];
+// Bit 38 is beyond 36 physical address bits, bit 59 is the lowest of a protection key, bit 55 is ignored in long mode.
+const TOPS: [u64; 8] = [0, 0, 1 << 38, 1 << 59, 1 << 55, 1 << 63, 1 << 45, 1 << 51];
+/// Bits of an entry that may flip.
+const FLIPS: [u64; 16] = {
+    let bits = [0, 1, 2, 5, 6, 7, 8, 63, 12, 13, 17, 21, 38, 51, 55, 60];
+    let mut flips = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        flips[i] = 1 << bits[i];
+        i += 1;
+    }
+    flips
+};
+const TOGGLES: [(OpCode, u64); 16] = [
+    (OpCode::Cr0, CR0_PG),
+    (OpCode::Cr0, CR0_WP),
+    (OpCode::Cr0, CR0_CD),
+    (OpCode::Cr0, CR0_NW | CR0_CD),
+    (OpCode::Cr0, CR0_PE),
+    (OpCode::Cr4, CR4_PSE),
+    (OpCode::Cr4, CR4_PAE),
+    (OpCode::Cr4, CR4_PGE),
+    (OpCode::Cr4, CR4_LA57),
+    (OpCode::Cr4, CR4_PCIDE),
+    (OpCode::Cr4, CR4_SMEP),
+    (OpCode::Cr4, CR4_SMAP),
+    (OpCode::Cr4, CR4_PKE),
+    (OpCode::Cr4, CR4_PSE | CR4_PGE),
+    (OpCode::Efer, EFER_LME),
+    (OpCode::Efer, EFER_NX),
+];
 const OFFSETS: [u64; 8] = [0, 0, 8, 0x10, 0x68, 0x44, 0xff8, 0xffd];
 const SPECIAL: [u64; 8] = [
     0x7fff_ffff_f000,
@@ -57,9 +119,25 @@ const SPECIAL: [u64; 8] = [
     1 << 21 | 0x1ff000,
     0xfee0_0000,
 ];
-const CR0S: [u64; 8] =
-    [0x8001_0033, 0x8001_0033, 0x8000_0033, 0x8000_0033, 0x8001_003b, 0xc001_0033, 0xe001_0033, 0x33];
-const CR4S: [u64; 16] = [
+const CR0S: [u64; 16] = [
+    0x8001_0033,
+    0x8001_0033,
+    0x8000_0033,
+    0x8000_0033,
+    0x8001_003b,
+    0xc001_0033,
+    0xe001_0033,
+    0x33,
+    0x1_0033,
+    0x11,
+    0x8001_0032,
+    0xa001_0033,
+    1 << 32 | 0x8001_0033,
+    0x8005_0033,
+    0x8001_1033,
+    0xc000_0013,
+];
+const CR4S: [u64; 32] = [
     0x20,
     0x20,
     0xa0,
@@ -76,8 +154,25 @@ const CR4S: [u64; 16] = [
     0x40_0020,
     1 << 33 | 0x20,
     0x7ff,
+    0x10,
+    0x90,
+    0x10_0010,
+    0x20_0000,
+    0x30_0030,
+    0x1020,
+    0x10a0,
+    0x30_1020,
+    0x2_1020,
+    0x22_10a0,
+    0x2_0000,
+    0x40_1020,
+    0x80,
+    0x1000,
+    0xb0,
+    0x30_0010,
 ];
-const EFERS: [u64; 8] = [0xd00, 0xd00, 0x500, 0x500, 0xd01, 0, 0xc00, 0x1d00];
+const EFERS: [u64; 16] =
+    [0xd00, 0xd00, 0x500, 0x500, 0xd01, 0, 0xc00, 0x1d00, 0x800, 0x900, 0x100, 0x400, 0x4d01, 0xd02, 0x1, 0x801];
 const STATES: [HostState; 4] = [HostState::Writable, HostState::Huge2m, HostState::Absent, HostState::Zero];
 
 /// A gva from two bytes.
@@ -94,7 +189,8 @@ fn address(a: u8, b: u8) -> u64 {
                 _ => 0xff8 | b64 & 7,
             };
             let table = u64::from(a & 0x1f) | u64::from(a & 0x40) >> 1;
-            (1 + table % TABLES) << 12 | place
+            let frame = if table < TABLES { 1 + table } else { PML5 + (table - TABLES) % (DESCRIPTORS - PML5) };
+            frame << 12 | place
         }
         // In one of the other address spaces.
         0..=2 => {
@@ -114,6 +210,7 @@ fn address(a: u8, b: u8) -> u64 {
 fn frame(a: u8) -> u64 {
     let low = u64::from(a & 0x1f);
     match a >> 5 {
+        2 if u64::from(a) >= PML5 && u64::from(a) < DESCRIPTORS => u64::from(a),
         0..=2 => u64::from(a) % (TABLES + 1),
         3 | 4 => DATA + (low & 0xf),
         5 => 512 + if low < 8 { 0 } else { low },
@@ -157,12 +254,12 @@ pub fn act(record: [u8; RECORD], vcpus: usize) -> Act {
     let base = row(op, who, vcpus);
     let vcpu = usize::from(base.vcpu);
     if kind & 0xe0 == 0xe0 {
-        return rare(record, base);
+        return if kind & 8 == 0 { rare(record, base) } else { modes(record, base, vcpus) };
     }
     Act::Row(match op {
-        OpCode::Cr0 => Row { value: CR0S[usize::from(c & 7)], ..base },
-        OpCode::Cr4 => Row { value: CR4S[usize::from(c & 15)], ..base },
-        OpCode::Efer => Row { value: EFERS[usize::from(c & 7)], ..base },
+        OpCode::Cr0 => Row { value: CR0S[usize::from(c & 15)], ..base },
+        OpCode::Cr4 => Row { value: CR4S[usize::from(c & 31)], ..base },
+        OpCode::Efer => Row { value: EFERS[usize::from(c & 15)], ..base },
         OpCode::Cr3 => {
             let low = [0, 0, 0, 0, 0x18, 1, 1 << 63, 1 << 63 | 1][usize::from(d & 7)];
             let root = if c < 248 { [1, 6, 7, 8][usize::from(c & 3)] } else { frame(c << 4) };
@@ -245,53 +342,53 @@ fn rare(record: [u8; RECORD], base: Row) -> Act {
     }
 }
 
-/// An act as acts that are one operation each.
-#[must_use]
-pub fn parts(act: Act) -> Vec<Act> {
-    match act {
-        Act::Sweep(row, count) => {
-            (0..count).map(|i| Act::Row(Row { addr: row.addr.wrapping_add(i << 21), ..row })).collect()
+/// Changes of the paging mode and of what belongs to one mode only.
+fn modes(record: [u8; RECORD], base: Row, vcpus: usize) -> Act {
+    let [kind, who, a, b, c, d] = record;
+    let vcpu = usize::from(base.vcpu);
+    let space = address(a & 0x7f | 0x20, b);
+    match kind & 7 {
+        0 => Act::Switch(vcpu, Paging::from_bits(a), CR4S[usize::from(c & 31)], u64::from(d)),
+        1 => {
+            let regs = Paging::from_bits(a).registers(u64::from(d), CR4S[usize::from(c & 31)]);
+            let (op, bit) = TOGGLES[usize::from(b & 15)];
+            let flip = |wanted| if op == wanted && b & 0x80 != 0 { bit } else { 0 };
+            Act::Sregs(
+                vcpu,
+                Registers {
+                    cr0: regs.cr0 ^ flip(OpCode::Cr0),
+                    cr4: regs.cr4 ^ flip(OpCode::Cr4),
+                    efer: regs.efer ^ flip(OpCode::Efer),
+                    cs_l: regs.cs_l != (d & 0x80 != 0),
+                    ..regs
+                },
+            )
         }
-        other => vec![other],
+        2 | 3 => {
+            let ((op, bit), (second, other)) = (TOGGLES[usize::from(a & 15)], TOGGLES[usize::from(b & 15)]);
+            Act::Toggle(vcpu, op, if op == second && c & 1 != 0 { bit | other } else { bit })
+        }
+        4 if d & 0x80 == 0 => Act::Invpcid(vcpu, u64::from(c & 7) % 5, DESCRIPTORS << 12 | u64::from(b & 63) << 4),
+        4 => Act::Invpcid(vcpu, u64::from(c & 3), address(a, b)),
+        5 if d & 0x80 == 0 => {
+            let low = u64::from(c & 3) | u64::from(c & 4) << 61 | if c & 0xf0 == 0xf0 { 1 << 45 } else { 0 };
+            Act::Row(Row { op: OpCode::Cr3, value: Paging::from_bits(a).root(u64::from(b)) | low, ..base })
+        }
+        5 => Act::Pkru(vcpu, u32::from(c) << 2),
+        6 => Act::Aim(Aim {
+            level: 1 + u32::from(a >> 7) + 2 * u32::from(d >> 7),
+            ..aim(base, space, OpCode::Write, entry(c, d))
+        }),
+        _ => Act::Aim(Aim {
+            editor: ((usize::from(who & 3) + usize::from(d >> 6 & 1)) % vcpus) as u8,
+            level: 1 + u32::from(d & 3) + u32::from(d & 0x13 == 0x13),
+            used: true,
+            flush: [None, Some(OpCode::Invlpg), Some(OpCode::Cr3), None][usize::from(d >> 2 & 3)],
+            ..aim(base, space, OpCode::Xor, FLIPS[usize::from(c & 15)])
+        }),
     }
 }
 
-/// Carries one act out. A request that the engine refuses is no finding; what a row or an instruction came to is told.
-pub fn apply(vm: &mut Vm, act: &Act) -> Option<Outcome> {
-    match act {
-        Act::Row(row) => return vm.step(row, &RunOptions::default(), 0).ok(),
-        Act::Insn(vcpu, insn) => return Some(vm.execute(*vcpu, insn)),
-        Act::HostPages(gpa, bytes, state) => drop(vm.set_host_pages(Gpa(*gpa), *bytes, *state)),
-        Act::Sregs(vcpu, regs) => drop(vm.set_sregs(*vcpu, *regs)),
-        Act::Sweep(..) => {
-            for part in parts(*act) {
-                apply(vm, &part);
-            }
-        }
-        Act::Table(frame, entry) => {
-            let table: Vec<u8> = (0..512u64).flat_map(|i| (entry ^ (i & 7) << 12).to_le_bytes()).collect();
-            drop(vm.write_table_page(Gpa(frame << 12), &table));
-        }
-    }
-    None
-}
-
-/// Runs an input; audits after every `audit_every` acts and at the end.
-///
-/// # Errors
-/// What the audit found, and after which act.
-pub fn run(data: &[u8], audit_every: usize) -> Result<usize, String> {
-    let [kind, host, rest @ ..] = data else { return Ok(0) };
-    let mut vm = build(*kind, *host);
-    let vcpus = vm.vcpus().len();
-    let (records, _) = rest.as_chunks::<RECORD>();
-    let count = records.len().min(MAX_RECORDS);
-    for (i, record) in records[..count].iter().enumerate() {
-        let act = act(*record, vcpus);
-        apply(&mut vm, &act);
-        if (i + 1) % audit_every == 0 || i + 1 == count {
-            vm.audit().map_err(|error| format!("after act {i}, {act:?}:\n{error}"))?;
-        }
-    }
-    Ok(count)
+const fn aim(base: Row, gva: u64, op: OpCode, value: u64) -> Aim {
+    Aim { vcpu: base.vcpu, editor: base.vcpu, gva, level: 1, op, value, used: false, flush: None }
 }

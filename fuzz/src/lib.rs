@@ -1,21 +1,14 @@
 //! The fuzz targets' own code: what the bytes mean, and the TLB model of the engine's tests beside the engine.
 
+pub mod adapt;
 pub mod decode;
 pub mod world;
 
-#[path = "../../rust/core/tests/tlb_model/referee.rs"]
-mod referee;
-#[path = "../../rust/core/tests/tlb_model/shadow.rs"]
-mod shadow;
-#[path = "../../rust/core/tests/tlb_model/tlb.rs"]
-mod tlb;
-#[path = "../../rust/core/tests/tlb_model/touch.rs"]
-mod touch;
-#[path = "../../rust/core/tests/tlb_model/walk.rs"]
-mod walk;
+#[path = "../../rust/core/tests/tlb_model/model/mod.rs"]
+mod model;
 
-pub use decode::run;
-use decode::{MAX_RECORDS, RECORD, act, apply, parts};
+pub use adapt::run;
+use decode::{MAX_RECORDS, RECORD, act};
 
 /// Operations of an input that the model looks at: it costs ten times the engine.
 const MAX_OPERATIONS: usize = 200;
@@ -25,28 +18,10 @@ const MAX_OPERATIONS: usize = 200;
 /// # Errors
 /// Where the engine left the rules, and after which operation.
 pub fn run_model(data: &[u8], sweep_every: usize) -> Result<(), String> {
-    let [kind, host, rest @ ..] = data else { return Ok(()) };
-    let mut vm = world::build(*kind, *host);
-    let mut referee = referee::of(&vm, *kind);
-    let vcpus = vm.vcpus().len();
+    let Some((machine, rest)) = world::Machine::read(data) else { return Ok(()) };
     let records = rest.as_chunks::<RECORD>().0.iter().take(MAX_RECORDS);
-    let operations = records.flat_map(|record| parts(act(*record, vcpus))).take(MAX_OPERATIONS);
-    for (i, part) in operations.enumerate() {
-        if touch::outside(&vm, &part) {
-            continue;
-        }
-        let said = |error: String| format!("after operation {i}, {part:x?}:\n{error}");
-        let before = referee.before(&vm, &part);
-        let outcome = apply(&mut vm, &part);
-        referee.after(&vm, &part, before, outcome).map_err(said)?;
-        if shadow::hole_was_taken(&vm) {
-            return Ok(());
-        }
-        if i % sweep_every == 0 {
-            shadow::check(&vm, &referee).map_err(said)?;
-        }
-    }
-    shadow::check(&vm, &referee)
+    let acts = records.map(|record| act(*record, machine.vcpus()));
+    model::run(&machine, acts, MAX_OPERATIONS, sweep_every, false)
 }
 
 /// What is wrong with an input: a broken invariant, a panic, or, with `model`, a broken rule of the TLB.

@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import Final
 
-from shadowkvm._core import MODEL_VERSION, Outcome, Vcpu
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, Outcome, Vcpu
 from shadowkvm.counters import COUNTER_INFO, CounterInfo, Counters
 from shadowkvm.errors import (
     ConfigError,
@@ -39,6 +39,7 @@ __all__ = [
     "EVENT_DTYPE",
     "EVENT_INFO",
     "HOST_STATES",
+    "MODELS",
     "NO_PAGE",
     "OUTCOME_DTYPE",
     "PAGE_SIZE",
@@ -75,4 +76,7 @@ __version__: Final = _version("shadowkvm")
 """Version of the package."""
 
 model_version: Final = MODEL_VERSION
-"""The kernel whose rules the engine follows; every result names it."""
+"""The kernel whose rules a VM follows unless it is told another of `MODELS`; every result names it."""
+
+MODELS: Final = tuple(MODEL_VERSIONS)
+"""The kernels whose rules the engine has, oldest first; for ``Vm(..., model_version=...)``."""

@@ -14,12 +14,15 @@ OPS: Final[list[tuple[int, str, str]]]
 POLICIES: Final[list[tuple[str, str]]]
 PROFILES: Final[list[str]]
 STATUSES: Final[list[str]]
+# Oldest first. MODEL_VERSION: the default.
+MODEL_VERSIONS: Final[list[str]]
 MODEL_VERSION: Final[str]
 
 __all__ = [
     "COUNTERS",
     "EVENTS",
     "MODEL_VERSION",
+    "MODEL_VERSIONS",
     "OPS",
     "POLICIES",
     "PROFILES",
@@ -144,7 +147,10 @@ class Vm:
         event_mask: int = 0,
         nx_huge_pages: bool = False,
         features: Sequence[tuple[str, str]] = ...,
+        model_version: str = "linux-6.1",
     ) -> Self: ...
+    @property
+    def model_version(self) -> str: ...
     @property
     def vcpus(self) -> tuple[Vcpu, ...]: ...
     def add_slot(self, slot: int, gpa: int, size: int, readonly: bool = False, dirty_log: bool = False) -> None: ...

@@ -9,7 +9,7 @@ from typing import SupportsIndex
 
 from shadowkvm.errors import ConfigError
 
-__all__ = ["integer", "nearest"]
+__all__ = ["choice", "integer", "nearest"]
 
 
 def integer(what: str, value: SupportsIndex, *, bits: int = 64) -> int:
@@ -29,6 +29,22 @@ def integer(what: str, value: SupportsIndex, *, bits: int = 64) -> int:
     if not 0 <= number < 1 << bits:
         raise ConfigError(f"{what} {number:#x} is not from 0 to {(1 << bits) - 1:#x}")
     return number
+
+
+def choice(what: str, name: object, known: Iterable[str]) -> str:
+    """``name``, if it is one of the known.
+
+    Raises:
+        ConfigError: it is not; the message names those that are.
+
+    >>> choice("profile", "zen", ["zen", "qemu-tcg"])
+    'zen'
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} {name!r}: a name is expected{nearest('', known)}")
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is not known{nearest(name, known)}")
+    return name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,8 +21,8 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import report
-from shadowkvm._core import MODEL_VERSION, POLICIES
+from shadowkvm import compare, report, verify, workload_verbs
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
 from shadowkvm.output import event_file
@@ -39,8 +39,6 @@ from shadowkvm.terminal import (
     show_list,
 )
 from shadowkvm.trace import Recording, import_raw
-from shadowkvm.verify import add_verbs as add_verify_verbs
-from shadowkvm.workload_verbs import add_verbs as add_workload_verbs
 
 __all__ = ["main"]
 
@@ -63,6 +61,7 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm run examples/recordings/fork20-demote64.npz
     shadowkvm run guest.npz --policy no_unsync --format json -o no_unsync.json
     shadowkvm run guest.npz --events events.parquet
+    shadowkvm compare guest.npz --policy kvm,no_unsync
     shadowkvm workload list
     shadowkvm workload run fork_exit --scale 0.5
     shadowkvm counters
@@ -79,8 +78,9 @@ trace_app = App(name="trace", help="Recordings: look into them, import raw ones.
 policy_app = App(name="policy", help="Policies: what replaces decisions of KVM.")
 app.command(trace_app)
 app.command(policy_app)
-add_verify_verbs(app)
-add_workload_verbs(app)
+verify.add_verbs(app)
+compare.add_verbs(app)
+workload_verbs.add_verbs(app)
 
 FormatOption = Annotated[
     Format | None,
@@ -107,7 +107,7 @@ def _bytes(_: Any, tokens: Sequence[Any]) -> int:
     help_epilogue=_examples(
         "shadowkvm run examples/recordings/fork20-demote64.npz",
         "shadowkvm run guest.npz --policy no_unsync --quota 1000",
-        "shadowkvm run guest.npz -o result.json",
+        "shadowkvm run guest.npz --model-version linux-6.12 -o result.json",
         "shadowkvm run guest.npz --events events.txt > report.txt",
         "shadowkvm run guest.npz --format csv | sort",
     )
@@ -118,6 +118,9 @@ def run(
     *,
     policy: Annotated[str | None, Parameter(help="Decisions of KVM to replace, see: shadowkvm policy list.")] = None,
     profile: Annotated[str, Parameter(help="The CPU: zen, or qemu-tcg.")] = "zen",
+    model_version: Annotated[
+        str, Parameter(help=f"The kernel whose rules hold: {', or '.join(MODEL_VERSIONS)}.")
+    ] = MODEL_VERSION,
     memory: Annotated[
         int | None,
         Parameter(converter=_bytes, help="Guest memory, as 128M or 1G. [default: as recorded; 128M for a trace]"),
@@ -149,7 +152,7 @@ def run(
     source = open_trace(trace)
     with (
         source if isinstance(source, Recording) else nullcontext(),
-        event_file(events) if events else nullcontext() as sink,
+        event_file(events, model_version) if events else nullcontext() as sink,
         rows_progress("replay", len(source), quiet=quiet) as progress,
     ):
         done = replay(
@@ -157,6 +160,7 @@ def run(
             name=trace.stem,
             policy=policy,
             profile=profile,
+            model_version=model_version,
             memory=memory,
             quota=quota,
             sink=sink,

@@ -42,12 +42,13 @@ class EventFile:
 
     Args:
         path: the file.
+        model_version: the kernel whose rules hold.
 
     Subclasses write what `put` gives them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, model_version: str) -> None:
+        self.path, self.model_version = path, model_version
         self._temporary = _beside(path)
 
     def put(self, vm: Vm, events: NDArray[np.void]) -> None:
@@ -74,8 +75,8 @@ class EventFile:
 class _Text(EventFile):
     """One line an event, in the kernel's text form."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, model_version: str) -> None:
+        super().__init__(path, model_version)
         self._file = self._temporary.open("x", encoding="utf-8")
 
     def put(self, vm: Vm, events: NDArray[np.void]) -> None:
@@ -89,20 +90,20 @@ class _Text(EventFile):
 class _Parquet(EventFile):
     """One row an event: row, event, vcpu, level, flag, code, a, b, c."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model_version: str) -> None:
         try:
             self._arrow: Any = importlib.import_module("pyarrow")
             parquet: Any = importlib.import_module("pyarrow.parquet")
         except ImportError as error:
             message = f'{path.name} needs pyarrow: pip install "shadowkvm[parquet]"'
             raise ImportError(message, name="pyarrow") from error
-        super().__init__(path)
+        super().__init__(path, model_version)
         arrow = self._arrow
         numbers = {"vcpu": "uint8", "level": "uint8", "flag": "uint8", "code": "uint32"}
         numbers |= {"a": "uint64", "b": "uint64", "c": "uint64"}
         fields = [("row", arrow.uint64()), ("event", arrow.dictionary(arrow.uint8(), arrow.string()))]
         fields += [(name, getattr(arrow, kind)()) for name, kind in numbers.items()]
-        about = {"schema": "shadowkvm.events/1", "model_version": MODEL_VERSION}
+        about = {"schema": "shadowkvm.events/1", "model_version": model_version}
         self._schema = arrow.schema(fields, metadata=about)
         self._names = arrow.array(list(EVENT_INFO), arrow.string())
         self._waiting: list[NDArray[np.void]] = []
@@ -140,7 +141,7 @@ EVENT_FORMATS: Final[dict[str, type[EventFile]]] = {".parquet": _Parquet, ".txt"
 """The formats of event files, by suffix."""
 
 
-def event_file(path: Path) -> EventFile:
+def event_file(path: Path, model_version: str = MODEL_VERSION) -> EventFile:
     """A file of events; its suffix says the format.
 
     Raises:
@@ -152,4 +153,4 @@ def event_file(path: Path) -> EventFile:
         make = EVENT_FORMATS[path.suffix]
     except KeyError:
         raise ConfigError(f"events {path.name!r}: the name must end in {' or '.join(EVENT_FORMATS)}") from None
-    return make(path)
+    return make(path, model_version)

@@ -49,7 +49,8 @@ class Replay:
     """It was a Recording, so that its faults and frames can be held against the replay's."""
     elapsed: float
     """Wall-clock seconds of it all: reading, engine, breakdown, writing of events."""
-    model: str = MODEL_VERSION
+    model: str
+    """The kernel whose rules held."""
 
     @property
     def mismatches(self) -> int:
@@ -116,6 +117,7 @@ def replay(
     name: str = "",
     policy: str | None = None,
     profile: str = "zen",
+    model_version: str = MODEL_VERSION,
     memory: int | None = None,
     quota: int | None = None,
     sink: EventSink | None = None,
@@ -126,7 +128,7 @@ def replay(
     Args:
         trace: a Recording, or an array of TRACE_DTYPE.
         name: what to call a plain trace.
-        policy, profile: see `Vm`.
+        policy, profile, model_version: see `Vm`.
         memory: bytes of guest memory; None: what the recording says, 128 MiB for a plain trace.
         quota: number of shadow pages; None: KVM's default.
         sink: takes every event.
@@ -138,11 +140,12 @@ def replay(
     """
     start = time.perf_counter()
     feed.check_trace(trace)
-    events = True if sink else EVENTS_NEEDED
+    settings: dict[str, Any] = {"policy": policy, "profile": profile, "model_version": model_version}
+    settings["events"] = True if sink else EVENTS_NEEDED
     if isinstance(trace, Recording):
-        vm = _machine(trace, memory, policy=policy, profile=profile, events=events)
+        vm = _machine(trace, memory, **settings)
     else:
-        vm = Vm(memory or _DEFAULT_MEMORY, vcpus=_vcpus(trace), policy=policy, profile=profile, events=events)
+        vm = Vm(memory or _DEFAULT_MEMORY, vcpus=_vcpus(trace), **settings)
     if quota is not None:
         vm.set_page_quota(quota)
     breakdown = Breakdown([cpu.sregs["cr3"] for cpu in vm.vcpus])
@@ -166,4 +169,5 @@ def replay(
         breakdown=breakdown,
         recorded=isinstance(trace, Recording),
         elapsed=time.perf_counter() - start,
+        model=vm.model_version,
     )

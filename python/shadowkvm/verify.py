@@ -15,7 +15,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from shadowkvm import report
-from shadowkvm._core import MODEL_VERSION
+from shadowkvm._core import MODEL_VERSIONS
+from shadowkvm.checks import choice
 from shadowkvm.kvm import Native, Qemu, generate, load, save
 from shadowkvm.kvm.agreement import Difference
 from shadowkvm.kvm.case import Answer, Case
@@ -34,6 +35,14 @@ FormatOption = Annotated[Format | None, Parameter(name="--format", help="table (
 OutputOption = Annotated[
     Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
 ]
+KernelRootOption = Annotated[
+    Path | None,
+    Parameter(
+        help="Folder with boot/ and lib/modules/ of the kernel to ask, such as an unpacked package."
+        " [default: $SHADOWKVM_KERNEL_ROOT, else /]",
+        show_default=False,
+    ),
+]
 QuietOption = Annotated[
     bool, Parameter(name=["--quiet", "-q"], negative="", show_default=False, help="No progress on stderr.")
 ]
@@ -42,10 +51,11 @@ QuietOption = Annotated[
 def add_verbs(app: App) -> None:
     """Hang the verbs of this module into the command line."""
     examples = (
-        "shadowkvm verify tests/conformance/data/random-1.json.xz",
+        "shadowkvm verify tests/conformance/data/random-pae.json.xz",
         "shadowkvm verify --random 20 --seed 1",
         "shadowkvm verify --random 20 --group PAE",
         "shadowkvm verify --backend qemu --events case.json",
+        "shadowkvm verify --random 20 --kernel-root linux-6.12",
     )
     app.command(verify, help_epilogue="\n".join(["Examples:", "", *(f"    {line}" for line in examples)]))
     app.command(doctor)
@@ -67,6 +77,11 @@ def verify(
     events: Annotated[
         bool, Parameter(negative="", show_default=False, help="Compare the tracepoints, too (only --backend qemu).")
     ] = False,
+    kernel_root: KernelRootOption = None,
+    model_version: Annotated[
+        str | None,
+        Parameter(help="The kernel whose rules the engine follows. [default: that of the kernel which answers]"),
+    ] = None,
     save_to: Annotated[
         Path | None, Parameter(name="--save", help="Keep the cases with KVM's answers in this file (.json, .json.xz).")
     ] = None,
@@ -96,19 +111,21 @@ def verify(
         raise UsageError("only --backend qemu records events")
     if ops < 1 or seed < 0 or random < 0:
         raise UsageError("--ops must be at least 1, --random and --seed at least 0")
+    if kernel_root and backend != "qemu":
+        raise UsageError("only --backend qemu boots a kernel: --kernel-root is for it")
+    model = model_version and choice("--model-version", model_version, MODEL_VERSIONS)
     made = [case for path in cases for case in load(path)] + [
         generate(seed + i, ops, group=group) for i in range(random)
     ]
-    with asking(backend, sum(len(c.ops) for c in made), quiet=quiet) as (referee, tick):
+    with asking(backend, sum(len(c.ops) for c in made), kernel_root, quiet=quiet) as (referee, tick):
         verdicts = []
-        for verdict in judge(referee, made, events=events) if referee else map(judge_recorded, made):
+        for verdict in judge(referee, made, events=events, model=model) if referee else recorded(made, model):
             verdicts.append(verdict)
             tick(sum(v.agreement.ops for v in verdicts))
         bad = next((v for v in verdicts if not v.agreement.whole), None)
         shown = None
         if bad and bad.agreement.first:
-            profile = referee.profile if referee else None
-            shown = events_at(bad.agreement.case, bad.agreement.first.index, referee, profile)
+            shown = events_at(bad.agreement.case, bad.agreement.first.index, referee, bad.agreement.model)
     if save_to:
         keep(save_to, verdicts, referee)
     if chosen == "json":
@@ -118,8 +135,15 @@ def verify(
     return int(bad is not None)
 
 
+def recorded(cases: Sequence[Case], model: str | None) -> Iterator[Verdict]:
+    """The verdicts on what stands in the cases."""
+    return (judge_recorded(case, model) for case in cases)
+
+
 @contextmanager
-def asking(backend: BackendName, total: int, *, quiet: bool) -> Iterator[tuple[Backend | None, Callable[[int], None]]]:
+def asking(
+    backend: BackendName, total: int, kernel_root: Path | None, *, quiet: bool
+) -> Iterator[tuple[Backend | None, Callable[[int], None]]]:
     """The backend (None: the files themselves) and what tells people how far it is."""
     with rows_progress("verify", total, quiet=quiet) as progress:
         finished = 0
@@ -132,7 +156,7 @@ def asking(backend: BackendName, total: int, *, quiet: bool) -> Iterator[tuple[B
         if backend == "recorded":
             yield None, tick
         elif backend == "qemu":
-            yield Qemu(lambda done: progress(min(finished + done, total), 0)), tick
+            yield Qemu(lambda done: progress(min(finished + done, total), 0), kernel_root=kernel_root), tick
         else:
             yield Native(), tick
 
@@ -143,8 +167,6 @@ def keep(path: Path, verdicts: Sequence[Verdict], backend: Backend | None) -> No
     kept = []
     for v in verdicts:
         case, n = v.agreement.case, len(v.answers)
-        if backend:
-            case = replace(case, kernel=backend.kernel, profile=backend.profile)
         kept.append(replace(case, ops=case.ops[:n], answers=v.answers))
     save(path, kept, meta=about)
     say(f"{path}: {len(kept)} cases with answers")
@@ -153,16 +175,22 @@ def keep(path: Path, verdicts: Sequence[Verdict], backend: Backend | None) -> No
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
 
+def models(verdicts: Sequence[Verdict]) -> str:
+    """The kernels whose rules the engine followed."""
+    return ", ".join(sorted({v.agreement.model for v in verdicts}))
+
+
 def as_dict(backend: str, verdicts: Sequence[Verdict], shown: Events | None) -> dict[str, Any]:
     """Everything, for programs."""
     rows = []
     for v in verdicts:
         a = v.agreement
-        row = {"case": a.case.title, "ops": a.ops, "agreed": a.agreed, "runs": v.runs, "note": v.note}
+        row: dict[str, Any] = {"case": a.case.title, "kernel": a.case.kernel, "model_version": a.model}
+        row |= {"ops": a.ops, "agreed": a.agreed, "runs": v.runs, "note": v.note}
         if a.first:
             row["first"] = asdict(a.first)
         rows.append(row)
-    out = {"schema": SCHEMA, "model_version": MODEL_VERSION, "backend": backend, "cases": rows}
+    out = {"schema": SCHEMA, "model_version": models(verdicts), "backend": backend, "cases": rows}
     return {**out, "events": asdict(shown)} if shown else out
 
 
@@ -182,7 +210,7 @@ def as_tables(verdicts: Sequence[Verdict], bad: Verdict | None, shown: Events | 
             [name, f"{whole} of {len(group)}", f"{agreed:,}", f"{ops:,}", f"{100 * agreed / max(ops, 1):.3f} %"]
         )
     heads = ("case", "whole", "agree", "operations", "")
-    parts.append(report.table(f"KVM ({backend}) and the engine ({MODEL_VERSION})", heads, rows))
+    parts.append(report.table(f"KVM ({backend}) and the engine ({models(verdicts)})", heads, rows))
     parts += [Text(f"{v.agreement.case.title}: {v.note}") for v in verdicts if v.note]
     if bad and bad.agreement.first:
         parts += difference(bad.agreement.case, bad.agreement.first, shown)
@@ -225,14 +253,14 @@ def side_by_side(case: Case, kvm: Sequence[str], engine: Sequence[str]) -> Rende
     )
 
 
-def doctor(*, format_: FormatOption = None, output: OutputOption = None) -> int:
+def doctor(*, kernel_root: KernelRootOption = None, format_: FormatOption = None, output: OutputOption = None) -> int:
     """Say what is missing to ask real KVM (`shadowkvm verify`), and the command that installs it.
 
     Exit status 1: no backend can be used.
     """
     chosen = choose_format(format_, output, ("table", "json"))
     check_folder(output)
-    checks = examine()
+    checks = examine(root=kernel_root)
     backends, install = ready(checks), command(checks)
     if chosen == "json":
         what = {"schema": "shadowkvm.doctor/1", "ready": backends, "install": install}

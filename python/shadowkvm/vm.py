@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from numpy.typing import NDArray
 
 from shadowkvm import feed
-from shadowkvm._core import POLICIES, PROFILES
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES, PROFILES
 from shadowkvm._core import Vm as _Vm
-from shadowkvm.checks import integer, nearest
+from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
-from shadowkvm.errors import ConfigError
 from shadowkvm.events import event_array, event_mask
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
@@ -30,14 +29,6 @@ HOST_STATES: Final = ("writable", "zero", "shared", "absent", "huge-2m", "huge-1
 Progress = Callable[[int, int], None]
 
 
-def _choice(what: str, name: object, known: Iterable[str]) -> str:
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} {name!r}: a name is expected{nearest('', known)}")
-    if name not in known:
-        raise ConfigError(f"{what} {name!r} is not known{nearest(name, known)}")
-    return name
-
-
 class Vm(_Vm):
     """A virtual machine whose guest runs on KVM's shadow page tables.
 
@@ -48,13 +39,14 @@ class Vm(_Vm):
     Args:
         memory: bytes of slot 0; a multiple of 4,096.
         vcpus: number of virtual CPUs, 1 to 255.
-        policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of Linux 6.1.
+        policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of the kernel.
         profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
-        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel": whose
-            reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
+        features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel":
+            whose reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
             "decode_assists", "rsvd_sets_p", "rmw_reads_first".
         nx_huge_pages: huge pages are split where the guest executes from them.
         events: what `events` records: True (everything), False, or names of tracepoints.
+        model_version: the kernel whose rules hold, one of `shadowkvm.MODELS` (docs/kernels.md: what differs).
 
     Raises:
         ConfigError: a size, a number or a name that cannot be.
@@ -87,15 +79,16 @@ class Vm(_Vm):
         features: Mapping[str, bool | int | str] | None = None,
         nx_huge_pages: bool = False,
         events: bool | Iterable[str] = False,
+        model_version: str = MODEL_VERSION,
     ) -> Self:
         """Check the names, then have the engine made."""
-        policy = "kvm" if policy is None else _choice("policy", policy, [name for name, _ in POLICIES])
-        profile = _choice("profile", profile, PROFILES)
+        policy = "kvm" if policy is None else choice("policy", policy, [name for name, _ in POLICIES])
+        profile = choice("profile", profile, PROFILES)
+        model = choice("model_version", model_version, MODEL_VERSIONS)
         memory = integer("memory", memory)
+        count, mask = integer("vcpus", vcpus), event_mask(events)
         words = [(str(name), str(value).lower()) for name, value in (features or {}).items()]
-        self = super().__new__(
-            cls, memory, integer("vcpus", vcpus), policy, profile, event_mask(events), bool(nx_huge_pages), words
-        )
+        self = super().__new__(cls, memory, count, policy, profile, mask, bool(nx_huge_pages), words, model)
         self._memory, self._policy, self._profile = memory, policy, profile
         return self
 
@@ -248,7 +241,7 @@ class Vm(_Vm):
         Raises:
             ConfigError: an unknown state, or a range that is not aligned or not all memory.
         """
-        super().set_host_pages(integer("gpa", gpa), integer("size", size), _choice("state", state, HOST_STATES))
+        super().set_host_pages(integer("gpa", gpa), integer("size", size), choice("state", state, HOST_STATES))
 
     def set_page_quota(self, n: int) -> None:
         """Allow ``n`` shadow pages, at least 64 (``KVM_SET_NR_MMU_PAGES``); the oldest go if there are more now."""

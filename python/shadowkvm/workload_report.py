@@ -12,7 +12,6 @@ from typing import Final
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from shadowkvm._core import MODEL_VERSION
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.report import rate_text, table
 from shadowkvm.workloads import Parameter, ScenarioResult, Workload
@@ -133,7 +132,7 @@ def about_json(workload: Workload) -> str:
 
 def as_json(result: ScenarioResult) -> str:
     """The result as text. All but ``time`` is the same in every run and on every machine."""
-    head = {"schema": RUN_SCHEMA, "version": version("shadowkvm"), "model_version": MODEL_VERSION}
+    head = {"schema": RUN_SCHEMA, "version": version("shadowkvm"), "model_version": result.model_version}
     return json.dumps({**head, **result.to_dict()}, indent=1) + "\n"
 
 
@@ -166,7 +165,7 @@ def as_tables(result: ScenarioResult) -> RenderableType:
 def _head(result: ScenarioResult) -> Iterator[Text]:
     scenario, workload = result.scenario, result.scenario.workload
     yield Text(f"{workload.name}: {workload.summary}", style="bold")
-    yield Text(f"{MODEL_VERSION}, policy {result.policy}, profile {result.profile}")
+    yield Text(f"{result.model_version}, policy {result.policy}, profile {result.profile}")
     chosen = [
         f"{name}={parameter.show(scenario.values[name])}"
         for name, parameter in workload.all_parameters.items()

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 from cyclopts import App, Parameter
 
 from shadowkvm import workload_report as report
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
 from shadowkvm.errors import InvariantError, TraceError
 from shadowkvm.terminal import Format, UsageError, check_folder, choose_format, emit, part_progress, say, show_list
 from shadowkvm.vm import Vm
@@ -121,6 +122,9 @@ def run(
     settings: SetOption = None,
     policy: Annotated[str | None, Parameter(help="Decisions of KVM to replace, see: shadowkvm policy list.")] = None,
     profile: Annotated[str, Parameter(help="The CPU: zen, or qemu-tcg.")] = "zen",
+    model_version: Annotated[
+        str, Parameter(help=f"The kernel whose rules hold: {', or '.join(MODEL_VERSIONS)}.")
+    ] = MODEL_VERSION,
     quota: Annotated[int | None, Parameter(help="Number of shadow pages that KVM may keep, at least 64.")] = None,
     audit: Annotated[
         bool, Parameter(negative="", show_default=False, help="Check every invariant of the engine after each step.")
@@ -142,12 +146,13 @@ def run(
     chosen = choose_format(_format(format_, json=json), output, ("table", "json", "csv"))
     check_folder(output)
     scenario = _build(name, scale, seed, settings)
-    vm = scenario.vm(policy=policy, profile=profile)
+    vm = scenario.vm(policy=policy, profile=profile, model_version=model_version)
     if quota is not None:
         vm.set_page_quota(quota)
     replay = ["shadowkvm", "workload", "run", name, "--scale", f"{scale:g}", "--seed", str(seed), "--audit"]
     replay += [word for setting in settings or [] for word in ("--set", setting)]
     replay += ["--policy", policy] if policy else []
+    replay += ["--model-version", model_version] if model_version != MODEL_VERSION else []
     with part_progress(name, quiet=quiet) as tick:
         result = scenario.run(
             vm,

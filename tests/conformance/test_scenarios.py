@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.conformance.compare import diff_events, diff_stages, diff_tables, op_at, side_by_side
 from tests.conformance.corpus import load
-from tests.conformance.driver import Result, build_vm, run_scenario
+from tests.conformance.driver import Result, run_scenario
 from tests.conformance.skips import NOT_RECORDED, SKIPPED
 
 sk: Any = pytest.importorskip("shadowkvm")

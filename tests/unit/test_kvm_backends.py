@@ -15,8 +15,9 @@ from shadowkvm.kvm import Answer, Case, generate, save
 from shadowkvm.kvm.agreement import compare, engine_answers
 from shadowkvm.kvm.doctor import Check, command, examine, is_static, ready
 from shadowkvm.kvm.initramfs import MODULES
+from shadowkvm.kvm.model import is_modelled, model_of
 from shadowkvm.kvm.native import Native, shadow_paging
-from shadowkvm.kvm.qemu import installed_kernels
+from shadowkvm.kvm.qemu import Qemu, installed_kernels
 from shadowkvm.kvm.record import record, record_random
 from shadowkvm.kvm.referee import judge
 from shadowkvm.kvm.tracetext import Normaliser, comparable, same_event
@@ -90,10 +91,17 @@ def test_no_module_and_no_device(tmp_path: Path) -> None:
 
 def test_the_modelled_kernel_comes_first(tmp_path: Path) -> None:
     (tmp_path / "boot").mkdir()
-    for version in ("6.12.9-amd64", "6.1.0-9-amd64", "6.1.0-56-amd64", "5.10.0-1-amd64"):
+    for version in ("6.12.9-amd64", "6.1.0-9-amd64", "6.1.0-56-amd64", "6.13.0-amd64", "5.10.0-1-amd64"):
         (tmp_path / "boot" / f"vmlinuz-{version}").touch()
     versions = [version for version, _ in installed_kernels(tmp_path)]
-    assert versions == ["6.1.0-56-amd64", "6.1.0-9-amd64", "6.12.9-amd64", "5.10.0-1-amd64"]
+    assert versions == ["6.1.0-56-amd64", "6.1.0-9-amd64", "6.12.9-amd64", "6.13.0-amd64", "5.10.0-1-amd64"]
+
+
+def test_a_folder_without_a_kernel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "qemu-system-x86_64").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ShadowKvmError, match=f"no {tmp_path}/boot/vmlinuz-\\*; see: shadowkvm doctor"):
+        Qemu(kernel_root=tmp_path)
 
 
 def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +115,13 @@ def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_doctor_wants_the_modules_of_that_kernel(tmp_path: Path) -> None:
     (tmp_path / "boot").mkdir()
-    (tmp_path / "boot/vmlinuz-6.12.1").touch()
+    other = tmp_path / "boot/vmlinuz-6.7.1"
+    other.touch()
     found = {check.what: check for check in examine(tmp_path, tmp_path / "kvm", tmp_path)}
-    assert "the engine models 6.1" in found["kernel image"].found
+    assert "the engine models 6.1 and 6.12: differences" in found["kernel image"].found
+    other.rename(tmp_path / "boot/vmlinuz-6.12.1")
+    found = {check.what: check for check in examine(tmp_path, tmp_path / "kvm", tmp_path)}
+    assert found["kernel image"].found.endswith("vmlinuz-6.12.1")
     assert not found["modules of KVM"].good
     for number, name in enumerate(MODULES):
         path = tmp_path / "lib/modules/6.12.1/kernel" / f"{name}.ko{'.xz' * (number % 2)}"
@@ -146,7 +158,24 @@ def test_agreement() -> None:
     cases = [generate(seed, 40) for seed in range(6)]
     verdicts = list(judge(Oracle(), cases))
     assert [(v.agreement.whole, v.agreement.agreed, v.runs, v.note) for v in verdicts] == [(True, 40, 1, "")] * 6
-    assert [v.agreement.case for v in verdicts] == cases
+    assert [v.agreement.case for v in verdicts] == [replace(case, kernel=Oracle.kernel) for case in cases]
+    assert {v.agreement.model for v in verdicts} == {"linux-6.1"}
+
+
+@pytest.mark.parametrize(("kernel", "model"), [("6.12.95+deb12-amd64", "linux-6.12"), ("6.1.0-56-amd64", "linux-6.1")])
+def test_the_rules_are_those_of_the_kernel_that_answers(kernel: str, model: str) -> None:
+    oracle = Oracle()
+    oracle.kernel = kernel
+    (verdict,) = judge(oracle, [replace(generate(1, 10), kernel="6.1.0-of-old")])
+    assert (verdict.agreement.case.kernel, verdict.agreement.model) == (kernel, model)
+    (other,) = judge(oracle, [generate(1, 10)], model="linux-6.1")
+    assert other.agreement.model == "linux-6.1"
+
+
+def test_a_kernel_of_no_modelled_series_is_compared_with_the_one_before_it() -> None:
+    versions = ("6.1.0-56-amd64", "6.6.9", "6.12.95+deb12-amd64", "6.19-rc3", "5.10.0-1-amd64", "")
+    assert [model_of(v).removeprefix("linux-") for v in versions] == ["6.1", "6.1", "6.12", "6.12", "6.1", "6.1"]
+    assert [is_modelled(v) for v in versions] == [True, False, True, False, False, False]
 
 
 def test_what_the_host_does_once_is_not_held_against_the_engine() -> None:
@@ -230,6 +259,7 @@ def test_verify_shows_the_first_difference(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["verify", str(path), "--format", "json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["schema"] == "shadowkvm.verify/1"
+    assert (told["model_version"], told["cases"][0]["model_version"]) == ("linux-6.1", "linux-6.1")
     assert [c["agreed"] for c in told["cases"]] == [30, 29, 30]
     assert told["cases"][1]["first"]["what"] == ["mmu_flooded"]
     assert told["events"]["kvm"] is None
@@ -253,6 +283,8 @@ def test_events_stand_side_by_side() -> None:
         (["--random", "2", "--ops", "0"], 2, "--ops must be at least 1"),
         (["FILE", "--events"], 2, "only --backend qemu records events"),
         (["FILE", "--backend", "vbox"], 2, "vbox"),
+        (["FILE", "--kernel-root", "/"], 2, "only --backend qemu boots a kernel"),
+        (["FILE", "--model-version", "linux-6.2"], 2, "did you mean 'linux-6.12' or 'linux-6.1'?"),
         (["FILE", "--save", "no/such/folder/x.json"], 2, "folder"),
         (["nothing.json"], 3, "nothing.json"),
         (["BAD"], 3, "schema None"),
@@ -278,10 +310,12 @@ def test_save_keeps_cases_with_answers(tmp_path: Path, capsys: pytest.CaptureFix
 def test_doctor_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     good = [Check("qemu", "emulator", good=True, found="here"), Check("kvm", "shadow paging", good=False, found="no")]
     bad = [replace(good[0], good=False, packages=("qemu-system-x86",)), good[1]]
-    monkeypatch.setattr(verify, "examine", lambda: good)
+    monkeypatch.setattr(verify, "examine", lambda root: bad if root else good)
     assert cli.main(["doctor"]) == 0
     assert "Ready: --backend qemu" in capsys.readouterr().out
-    monkeypatch.setattr(verify, "examine", lambda: bad)
+    assert cli.main(["doctor", "--kernel-root", "/nowhere"]) == 1
+    assert "Ready: no backend" in capsys.readouterr().out
+    monkeypatch.setattr(verify, "examine", lambda root=None: bad if root is None else good)
     assert cli.main(["doctor"]) == 1
     assert "sudo apt-get install qemu-system-x86" in capsys.readouterr().out
     assert cli.main(["doctor", "--format", "json"]) == 1

@@ -20,12 +20,14 @@ def test_the_promised_names_are_there() -> None:
         assert hasattr(sk, name), name
         assert name in sk.__all__
     assert sk.model_version == "linux-6.1"
+    assert sk.MODELS == ("linux-6.1", "linux-6.12")
     assert sk.__version__[0].isdigit()
 
 
 def test_the_promised_signatures() -> None:
     signature = inspect.signature(sk.Vm)
-    assert list(signature.parameters) == ["memory", "vcpus", "policy", "profile", "features", "nx_huge_pages", "events"]
+    names = ["memory", "vcpus", "policy", "profile", "features", "nx_huge_pages", "events", "model_version"]
+    assert list(signature.parameters) == names
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "memory"}
     assert defaults == {
         "vcpus": 1,
@@ -34,6 +36,7 @@ def test_the_promised_signatures() -> None:
         "features": None,
         "nx_huge_pages": False,
         "events": False,
+        "model_version": sk.model_version,
     }
     promised = {
         "add_slot": ["slot", "gpa", "size", "readonly", "dirty_log"],

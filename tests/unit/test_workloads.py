@@ -46,12 +46,17 @@ def test_every_workload_runs_under_the_audit(name: str) -> None:
     assert result.counters["exits"] > 0
 
 
-@pytest.mark.parametrize("policy", ["no_unsync", "zap_on_write", "no_prefetch"])
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": "no_unsync"}, {"policy": "zap_on_write"}, {"policy": "no_prefetch"}, {"model_version": "linux-6.12"}],
+    ids=lambda options: "-".join(options.values()),
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_guest_sees_the_same_under_every_policy(name: str, policy: str) -> None:
-    result = get(name).build(**SMALL).run(policy=policy, each=audit)
+def test_the_guest_sees_the_same_under_every_policy_and_kernel(name: str, options: dict[str, str]) -> None:
+    result = get(name).build(**SMALL).run(each=audit, **options)
     assert result.mismatches == 0
-    assert result.policy == policy
+    assert result.policy == options.get("policy", "kvm")
+    assert result.model_version == options.get("model_version", sk.model_version)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Linux(Reclaim):
         """A fresh `Vm` with the image that the guest starts with: memory, and the registers of all CPUs.
 
         Args:
-            options: policy, profile, events, features: see `Vm`.
+            options: policy, profile, model_version, events, ...: see `Vm`.
         """
         from shadowkvm.vm import Vm  # noqa: PLC0415 -- the model works without the engine
 

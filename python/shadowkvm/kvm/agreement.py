@@ -30,6 +30,8 @@ class Agreement:
     """How far KVM and the engine agree on a case."""
 
     case: Case
+    model: str
+    """The kernel whose rules the engine followed."""
     ops: int
     """Operations that were compared."""
     disagreed: tuple[int, ...]
@@ -69,7 +71,7 @@ def compare(
     answers: Sequence[Answer],
     *,
     events: Sequence[Sequence[str]] | None = None,
-    profile: str | None = None,
+    model: str | None = None,
     to_the_end: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Agreement:
@@ -82,11 +84,11 @@ def compare(
         case: the case.
         answers: KVM's, as many as there are; operations without one are not run.
         events: KVM's tracepoints of each operation; then the order and fields of events are compared too.
-        profile: the engine's CPU profile; default: the case's own.
+        model: the kernel whose rules the engine follows; default: that of the kernel which answered.
         to_the_end: False: stop at the first difference.
         progress: called with the number of operations done.
     """
-    driver = Driver(case, events=events is not None, profile=profile)
+    driver = Driver(case, events=events is not None, model=model)
     pair = (Normaliser(case), Normaliser(case))
     disagreed: list[int] = []
     done, first = 0, None
@@ -112,7 +114,7 @@ def compare(
             progress(done)
         if first and not to_the_end:
             break
-    return Agreement(case, done, tuple(disagreed), first)
+    return Agreement(case, driver.vm.model_version, done, tuple(disagreed), first)
 
 
 def _event_difference(pair: tuple[Normaliser, Normaliser], kvm: Sequence[str], mine: Sequence[str]) -> tuple[str, ...]:
@@ -124,15 +126,15 @@ def _event_difference(pair: tuple[Normaliser, Normaliser], kvm: Sequence[str], m
     return ("events",) if any(differ) else ()
 
 
-def engine_answers(case: Case, profile: str | None = None) -> list[Answer]:
+def engine_answers(case: Case, model: str | None = None) -> list[Answer]:
     """What the engine answers to a case."""
-    driver = Driver(case, profile=profile)
+    driver = Driver(case, model=model)
     return [driver.step(op) for op in case.ops]
 
 
-def engine_events(case: Case, index: int, profile: str | None = None) -> list[str]:
+def engine_events(case: Case, index: int, model: str | None = None) -> list[str]:
     """The engine's events of one operation of a case."""
-    driver = Driver(case, events=True, profile=profile)
+    driver = Driver(case, events=True, model=model)
     for op in case.ops[: index + 1]:
         driver.step(op)
     return driver.events

@@ -16,7 +16,7 @@ from shadowkvm.errors import TraceError
 
 __all__ = ["GUEST_OPS", "HOST_OPS", "Answer", "Case", "Op", "Slot"]
 
-LOCKABLE: Final = ("or", "and", "xor", "add", "cmpxchg", "inc", "xadd", "bts")
+LOCKABLE: Final = ("or", "and", "xor", "add", "cmpxchg", "cmpxchg8b", "cmpxchg16b", "inc", "xadd", "bts")
 """Read-modify-writes that there are with and without LOCK."""
 SIZES: Final[dict[str, dict[int, tuple[int, ...]]]] = {
     **{op: {64: (1, 2, 4, 8), 32: (1, 2, 4)} for op in ("read", "write")},
@@ -24,7 +24,8 @@ SIZES: Final[dict[str, dict[int, tuple[int, ...]]]] = {
     **{op: {64: (1, 4, 8), 32: (1, 4)} for op in ("rep", "movs")},
     **{op: {64: (16,), 32: (16,)} for op in ("movups", "movaps")},
     "push": {64: (8,), 32: (4,)},
-    "cmpxchg": {64: (4, 8, 16), 32: (4, 8)},
+    "cmpxchg8b": {64: (8,), 32: (8,)},
+    "cmpxchg16b": {64: (16,), 32: ()},
 }
 """Instructions that have an operand size, and by mode the sizes for which the guest has a stub."""
 
@@ -108,7 +109,8 @@ class Op:
     def _guest_problems(self, bits: int) -> Iterator[str]:
         sizes = SIZES.get(self.op, {}).get(bits, (self.size,))
         if self.size not in sizes:
-            yield f"{self.op} of {self.size} bytes in {bits}-bit code: there are {', '.join(map(str, sizes))}"
+            there = f"there are {', '.join(map(str, sizes))}" if sizes else "there is none"
+            yield f"{self.op} of {self.size} bytes in {bits}-bit code: {there}"
         if self.cpl not in (0, 3):
             yield f"cpl {self.cpl}: there are 0 and 3"
         if self.cpl and self.op in CONTROL:
@@ -125,7 +127,7 @@ class Op:
         limit = 1 << 32
         if self.op == "efer" and self.value & LME:
             return f"efer {self.value:#x}: long mode (bit 8) is entered by the host only (set_sregs)"
-        wide = self.op in ("movups", "movaps") or (self.op == "cmpxchg" and self.size == 8)
+        wide = self.op in ("movups", "movaps", "cmpxchg8b")
         for name, top in (
             ("addr", limit),
             ("value", limit**2 if wide else limit),

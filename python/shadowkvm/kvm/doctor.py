@@ -11,8 +11,9 @@ from pathlib import Path
 
 from shadowkvm.errors import ShadowKvmError
 from shadowkvm.kvm.initramfs import MODULES, compile_harness, module_file
+from shadowkvm.kvm.model import SERIES, is_modelled
 from shadowkvm.kvm.native import shadow_paging
-from shadowkvm.kvm.qemu import MODEL, installed_kernels, kernel_root
+from shadowkvm.kvm.qemu import default_root, installed_kernels
 
 __all__ = ["Check", "command", "examine"]
 
@@ -42,7 +43,8 @@ def _kernel(root: Path) -> Check:
     version, image = kernels[0]
     if not os.access(image, os.R_OK):
         return Check("qemu", "kernel image", False, f"{image} is not readable: sudo chmod +r {image}")  # noqa: FBT003
-    note = "" if version.startswith(f"{MODEL}.") else f" (the engine models {MODEL}: differences are to be expected)"
+    modelled = f" (the engine models {' and '.join(SERIES)}: differences are to be expected)"
+    note = "" if is_modelled(version) else modelled
     return Check("qemu", "kernel image", True, f"{image}{note}", packages)  # noqa: FBT003
 
 
@@ -89,7 +91,7 @@ def _native(sysfs: Path, device: Path) -> Check:
 
 def examine(sysfs: Path = Path("/sys"), device: Path = Path("/dev/kvm"), root: Path | None = None) -> list[Check]:
     """Look at everything that the backends need."""
-    root = root or kernel_root()
+    root = root or default_root()
     checks: list[Callable[[], Check]] = [_qemu, lambda: _kernel(root), lambda: _modules(root), _busybox, _harness]
     return [*(check() for check in checks), _native(sysfs, device)]
 

@@ -10,6 +10,7 @@ from shadowkvm._core import COUNTERS, EVENTS, Vm
 from shadowkvm.kvm.case import AC, HOST_OPS, UNLOCKED, Answer, Case, Op, bits_of
 from shadowkvm.kvm.hostops import HostOps
 from shadowkvm.kvm.layout import IMAGE, LABELS, RT, STACK, stub_of
+from shadowkvm.kvm.model import model_of
 
 __all__ = ["COMPARED", "Driver"]
 
@@ -28,11 +29,14 @@ ALL_EVENTS: Final = (1 << len(EVENTS)) - 1
 STORES: Final = {"write": "mov", "movnti": "sse", "movups": "sse", "movaps": "sse", "stos": "stos", "push": "push"}
 RMW: Final = {
     **{kind: kind for kind in ("or", "and", "xor", "add", "xchg", "cmpxchg")},
+    "cmpxchg8b": "cmpxchg",
+    "cmpxchg16b": "cmpxchg",
     "inc": "add",
     "xadd": "add",
     "bts": "or",
 }
 """What a read-modify-write is to the engine: INC and XADD are ADD to KVM's MMU, BTS is OR."""
+ALIGNED: Final = frozenset({"movaps", "cmpxchg16b"})
 JUMPS: Final = frozenset({"fetch", "run", "int3"})
 BP, DF, GP, PF, SYS = 3, 8, 13, 14, 0x80
 FAULTS: Final = {"page_fault": PF, "general_protection": GP}
@@ -66,12 +70,13 @@ class Driver:
     Args:
         case: its start state is set up; its operations are given to `step` one by one.
         events: record events, for `events_of_step`.
-        profile: CPU profile; default: that of the recording.
+        model: the kernel whose rules hold; default: that of the kernel which answered.
     """
 
-    def __init__(self, case: Case, *, events: bool = False, profile: str | None = None) -> None:
-        mask = ALL_EVENTS if events else 0
-        self.vm: Any = Vm(case.memory, case.vcpus, "kvm", profile or case.profile, mask, case.nx_huge_pages)
+    def __init__(self, case: Case, *, events: bool = False, model: str | None = None) -> None:
+        mask, model = ALL_EVENTS if events else 0, model or model_of(case.kernel)
+        settings = (case.memory, case.vcpus, "kvm", case.profile, mask, case.nx_huge_pages)
+        self.vm: Any = Vm(*settings, model_version=model)
         if case.manual_dirty:
             self.vm.set_manual_dirty_log(enabled=True, initially_set=bool(case.manual_dirty & 2))
         self.guests = [Guest(cpu, bits_of(case.efer), LABELS[bits_of(case.efer)]["idt"]) for cpu in self.vm.vcpus]
@@ -141,8 +146,8 @@ class Driver:
         if user or jump:
             if (lost := self._way_back(guest, op, op.addr + op.length if jump else end)) is not None:
                 return lost
-        else:
-            cpu.hlt(rip=end)
+        elif (lost := cpu.hlt(rip=end)).status == "page_fault":  # no stubs in the new address space
+            return self._fault(guest, op, end, lost)
         value = out.value if op.op == "read" else 0
         return Answer(out.status, 0, value, out.address if out.status == "mmio" else 0)
 
@@ -194,6 +199,9 @@ class Driver:
 
     def _execute(self, guest: Guest, op: Op, rip: int, user: bool) -> Any:
         cpu, ac = guest.cpu, bool(op.flags & AC)
+        if op.op in ALIGNED and op.addr % 16:
+            out = cpu.fetch(rip, user)
+            return Answer("general_protection") if out.status == "done" else out
         if op.op == "read":
             return cpu.read(op.addr, op.size, user, rip=rip, ac=ac)
         if op.op in STORES:
@@ -203,7 +211,7 @@ class Driver:
             return cpu.write(op.addr, value, op.size, user, kind=STORES[op.op], rip=rip, ac=ac)
         if op.op in RMW:
             operand = {"inc": 1, "bts": 1 << op.value % (8 * op.size)}.get(op.op, op.value)
-            expected = {"expected": op.expected} if op.op == "cmpxchg" else {}
+            expected = {"expected": op.expected} if RMW[op.op] == "cmpxchg" else {}
             locked = not op.flags & UNLOCKED
             return cpu.rmw(op.addr, operand, RMW[op.op], op.size, user, locked=locked, rip=rip, ac=ac, **expected)
         if op.op in ("rep", "movs"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -15,28 +14,29 @@ from typing import Final
 from shadowkvm.errors import ShadowKvmError
 from shadowkvm.kvm.case import Answer, Case
 from shadowkvm.kvm.initramfs import compile_harness, system
+from shadowkvm.kvm.model import SERIES, numbers
 from shadowkvm.kvm.wire import case_bytes, split_cases
 
-__all__ = ["MODEL", "Qemu", "installed_kernels"]
+__all__ = ["Qemu", "default_root", "installed_kernels"]
 
-MODEL: Final = "6.1"
-"""The kernel series that the engine models; preferred if several kernels are installed."""
 MACHINE: Final = "-accel tcg -cpu EPYC,+svm -m 2048 -display none -no-reboot"
 LINE: Final = "console=ttyS0 quiet panic=-1 mitigations=off"
 
 
-def kernel_root() -> Path:
+def default_root() -> Path:
     """Where /boot and /lib/modules are: $SHADOWKVM_KERNEL_ROOT (an unpacked package), or the root."""
     return Path(os.environ.get("SHADOWKVM_KERNEL_ROOT") or "/")
 
 
 def installed_kernels(root: Path | None = None) -> list[tuple[str, Path]]:
-    """(version, image) of the kernels that lie there, the modelled series first, then the newest first."""
+    """(version, image) of the kernels that lie there: modelled ones first, the oldest series of these, newest first."""
 
-    def order(pair: tuple[str, Path]) -> tuple[bool, list[int]]:
-        return pair[0].startswith(f"{MODEL}."), [int(n) for n in re.findall(r"\d+", pair[0])]
+    def order(pair: tuple[str, Path]) -> tuple[int, list[int]]:
+        version = numbers(pair[0])
+        series = [numbers(s) for s in SERIES]
+        return -series.index(version[:2]) if version[:2] in series else -len(series), version
 
-    images = ((root or kernel_root()) / "boot").glob("vmlinuz-*")
+    images = ((root or default_root()) / "boot").glob("vmlinuz-*")
     return sorted(((p.name.removeprefix("vmlinuz-"), p) for p in images), key=order, reverse=True)
 
 
@@ -46,6 +46,10 @@ class Qemu:
     Args:
         progress: called now and then with the number of operations done in the running boot.
         timeout: seconds that one boot may take.
+        kernel_root: folder with boot/ and lib/modules/; None: $SHADOWKVM_KERNEL_ROOT, else /.
+
+    Raises:
+        ShadowKvmError: QEMU is not installed, or there is no kernel image in that folder.
     """
 
     name = "qemu"
@@ -53,11 +57,19 @@ class Qemu:
     batch = 50
     """Cases that go well into one boot."""
 
-    def __init__(self, progress: Callable[[int], None] | None = None, timeout: float = 900) -> None:
-        kernels = installed_kernels()
+    def __init__(
+        self,
+        progress: Callable[[int], None] | None = None,
+        timeout: float = 900,
+        kernel_root: Path | None = None,
+    ) -> None:
+        self._root = kernel_root or default_root()
+        kernels = installed_kernels(self._root)
         self.qemu = shutil.which("qemu-system-x86_64")
-        if self.qemu is None or not kernels:
-            raise ShadowKvmError("QEMU or a kernel image is missing; see: shadowkvm doctor")
+        if self.qemu is None:
+            raise ShadowKvmError("QEMU is missing; see: shadowkvm doctor")
+        if not kernels:
+            raise ShadowKvmError(f"no {self._root / 'boot'}/vmlinuz-*; see: shadowkvm doctor")
         self.kernel, self._image = kernels[0]
         self._progress, self._timeout = progress, timeout
 
@@ -77,7 +89,7 @@ class Qemu:
             folder = Path(d)
             compile_harness(folder / "replay")
             blobs = [(f"{i:05d}{'-nx' * c.nx_huge_pages}", case_bytes(c)) for i, c in enumerate(cases)]
-            initrd = system(kernel_root(), self.kernel, folder / "replay", blobs, trace=trace)
+            initrd = system(self._root, self.kernel, folder / "replay", blobs, trace=trace)
             (folder / "initrd.gz").write_bytes(initrd)
             self._boot(folder)
             results = split_cases((folder / "out").read_text(errors="replace"))

@@ -39,7 +39,8 @@ def usable(answers: Sequence[Answer], case: Case) -> tuple[int, str]:
         # the current tables lead to.
         emulated = a.counters.get("insn_emulation", 0) - a.counters.get("pf_emulate", 0)
         again = a.counters.get("pf_fixed", 0) + a.counters.get("pf_spurious", 0) if bits == 32 else 0
-        if op.op == "fetch" and a.status == "done" and emulated > 1 + again:
+        strayed = a.status == "page_fault" and a.address != op.addr
+        if op.op == "fetch" and (strayed or (a.status == "done" and emulated > 1 + again)):
             return i, "the guest ran the bytes of another page"
     return len(answers), ""
 

@@ -32,7 +32,7 @@ class Events:
     engine: list[str]
 
 
-def judge_recorded(case: Case) -> Verdict:
+def judge_recorded(case: Case, model: str | None = None) -> Verdict:
     """Hold the engine against the answers that stand in the case.
 
     Raises:
@@ -40,10 +40,12 @@ def judge_recorded(case: Case) -> Verdict:
     """
     if case.answers is None:
         raise TraceError(f"{case.title} holds no recorded answers; ask for them: --backend qemu")
-    return Verdict(compare(case, case.answers), case.answers)
+    return Verdict(compare(case, case.answers, model=model), case.answers)
 
 
-def judge(backend: Backend, cases: Sequence[Case], *, events: bool = False) -> Iterator[Verdict]:
+def judge(
+    backend: Backend, cases: Sequence[Case], *, events: bool = False, model: str | None = None
+) -> Iterator[Verdict]:
     """Ask KVM about these cases and hold the engine against its answers.
 
     A case with a difference is asked again, since the host may reschedule in the middle of an operation (then a page
@@ -53,11 +55,13 @@ def judge(backend: Backend, cases: Sequence[Case], *, events: bool = False) -> I
         backend: who is asked.
         cases: any number; they are asked in batches.
         events: compare the tracepoints of every operation too.
+        model: the kernel whose rules the engine follows; default: the backend's.
     """
-    for group in batches(cases, backend.batch):
+    asked_of = [replace(case, kernel=backend.kernel, profile=backend.profile) for case in cases]
+    for group in batches(asked_of, backend.batch):
         again: list[Verdict] = []
         for case, (answers, traced) in zip(group, backend.ask(group, trace=events), strict=True):
-            verdict = _hold(backend, case, answers, traced if events else None)
+            verdict = _hold(case, answers, traced if events else None, model)
             if verdict.agreement.whole:
                 yield verdict
             else:
@@ -65,31 +69,31 @@ def judge(backend: Backend, cases: Sequence[Case], *, events: bool = False) -> I
         if again:
             asked = backend.ask([v.agreement.case for v in again], trace=events)
             for verdict, (answers, traced) in zip(again, asked, strict=True):
-                yield _settle(backend, verdict, answers, traced if events else None)
+                yield _settle(verdict, answers, traced if events else None, model)
 
 
-def _hold(backend: Backend, case: Case, answers: list[Answer], traced: list[list[str]] | None) -> Verdict:
+def _hold(case: Case, answers: list[Answer], traced: list[list[str]] | None, model: str | None) -> Verdict:
     n, why = usable(answers, case)
     note = f"{n} of {len(case.ops)} operations: {why or 'no more answers'}" if n < len(case.ops) else ""
-    agreement = compare(case, answers[:n], events=traced, profile=backend.profile)
+    agreement = compare(case, answers[:n], events=traced, model=model)
     return Verdict(agreement, answers[:n], note=note)
 
 
-def _settle(backend: Backend, first: Verdict, answers: list[Answer], traced: list[list[str]] | None) -> Verdict:
+def _settle(first: Verdict, answers: list[Answer], traced: list[list[str]] | None, model: str | None) -> Verdict:
     """The verdict after a second run: where the two runs differ, the one that the engine agrees with stands."""
     case, doubtful = first.agreement.case, set(first.agreement.disagreed)
     n = min(usable(answers, case)[0], len(first.answers))
     merged = [answers[i] if i in doubtful else first.answers[i] for i in range(n)]
-    second = _hold(backend, case, merged, traced)
+    second = _hold(case, merged, traced, model)
     changed = sum(answers[i] != first.answers[i] for i in doubtful if i < n)
     note = f"the host rescheduled in {changed} operations" if changed else ""
     return replace(second, runs=2, note="; ".join(filter(None, (first.note, note))))
 
 
-def events_at(case: Case, index: int, backend: Backend | None, profile: str | None = None) -> Events:
+def events_at(case: Case, index: int, backend: Backend | None, model: str | None = None) -> Events:
     """The events of one operation of a case, the engine's and, if a backend can trace, KVM's."""
     kvm = None
     if backend is not None and backend.name == "qemu":
         traced = backend.ask([replace(case, ops=case.ops[: index + 1])], trace=True)[0][1]
         kvm = traced[index] if index < len(traced) else []
-    return Events(kvm, engine_events(case, index, profile))
+    return Events(kvm, engine_events(case, index, model))

@@ -17,11 +17,13 @@ KINDS: Final = {
     "fetch": 1,
     "read": 2,
     "efer": 3,
+    "cmpxchg8b": 4,
     "run": 5,
     "int3": 6,
     "idt": 7,
     "movups": 8,
     "movaps": 8,
+    "cmpxchg16b": 9,
     "hwrite": 16,
     "slot_del": 17,
     "slot_move": 17,
@@ -35,7 +37,6 @@ KINDS: Final = {
     "stack": 24,
     "slot_add": 25,
 }
-WIDE: Final = 4
 OF_A_SLOT: Final = frozenset({"slot_add", "slot_del", "slot_move", "dirty", "dirtylog", "cleardirty"})
 HEAD: Final = "<17Q22Q"
 # The other statistics of KVM depend on the host's timer (exits, irq_exits) or are of the harness (io_exits).
@@ -50,8 +51,6 @@ def op_bytes(o: Op, bits: int = 64) -> bytes:
     kind, arg, rip, end, size, length = KINDS.get(o.op, 0), o.flags, 0, 0, o.size, o.length
     if kind < HOST_KIND:
         rip, end, arg = stub_of(o, bits)
-        if o.op == "cmpxchg" and o.size == bits // 4:
-            kind = WIDE
         if o.op == "push":
             length = o.size
     elif o.op in OF_A_SLOT:

@@ -88,7 +88,7 @@ class Scenario:
         """A fresh `Vm` at the scenario's start.
 
         Args:
-            options: policy, profile, events, features: see `Vm`.
+            options: policy, profile, model_version, events, ...: see `Vm`.
         """
         vm = Vm(self.memory, vcpus=self.vcpus, **options)
         if self.host != "writable":
@@ -113,7 +113,7 @@ class Scenario:
             vm: a VM at the scenario's start, from `vm`; None: a fresh one with ``options``.
             progress: called after each step with the work done so far and all of it, in the workload's unit.
             each: called after each step with the VM and the step.
-            options: policy, profile, events, features: see `Vm`.
+            options: policy, profile, model_version, events, ...: see `Vm`.
 
         Returns:
             Counters in all and for each phase. ``result.mismatches`` is 0, or the guest saw something that its own
@@ -122,7 +122,9 @@ class Scenario:
         if vm is not None and options:
             raise ConfigError(f"run: {next(iter(options))} is for a fresh VM, and one was given")
         machine = self.vm(**options) if vm is None else vm
-        result = ScenarioResult(self, policy=machine.policy, profile=machine.profile)
+        result = ScenarioResult(
+            self, policy=machine.policy, profile=machine.profile, model_version=machine.model_version
+        )
         start, done = time.perf_counter(), 0.0
         for step in self.steps():
             before = machine.counter_values()
@@ -241,6 +243,7 @@ class ScenarioResult:
     scenario: Scenario
     policy: str
     profile: str
+    model_version: str
     phases: dict[str, Phase] = field(default_factory=dict)
     """By name, in the order of their first step."""
     elapsed: float = 0.0

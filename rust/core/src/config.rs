@@ -1,6 +1,7 @@
 //! KVM's constants, the CPU profiles and the limits of the engine.
 
 use crate::error::{ConfigError, refuse};
+use crate::kernel::{Kernel, LINUX_6_1};
 
 /// Entries around a faulting one that are prefetched with it (`PTE_PREFETCH_NUM`).
 pub const PREFETCH: usize = 8;
@@ -179,12 +180,14 @@ impl CpuFeatures {
 pub struct Config {
     /// What the CPU offers.
     pub cpu: CpuFeatures,
+    /// Which kernel's rules hold.
+    pub kernel: Kernel,
     /// Guest huge pages are split when the guest executes from them (`nx_huge_pages`).
     pub nx_huge_pages: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { cpu: ZEN, nx_huge_pages: false }
+        Self { cpu: ZEN, kernel: LINUX_6_1, nx_huge_pages: false }
     }
 }

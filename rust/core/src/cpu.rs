@@ -208,6 +208,8 @@ pub enum Top {
     Page(PageId),
     /// One page for each GiB of 4, `None` behind a PDPTE that is not present (`pae_root`, 6.1).
     Pae([Option<PageId>; 4]),
+    /// Nothing is present, because CR3 points outside the slots (`kvm_mmu_get_dummy_root`, 6.12).
+    Dummy,
 }
 
 /// One root of the shadow tables, and the CR3 value it was loaded for.
@@ -233,7 +235,7 @@ impl Root {
     pub const fn page(&self) -> Option<PageId> {
         match self.top {
             Top::Page(id) => Some(id),
-            Top::None | Top::Pae(_) => None,
+            Top::None | Top::Pae(_) | Top::Dummy => None,
         }
     }
 
@@ -244,14 +246,14 @@ impl Root {
         match self.top {
             Top::Page(id) => Some(id),
             Top::Pae(pages) => pages[(gva.0 >> 30) as usize & 3],
-            Top::None => None,
+            Top::None | Top::Dummy => None,
         }
     }
 
     /// All its pages, in the order of the addresses.
     pub fn pages(&self) -> impl Iterator<Item = PageId> + use<> {
         let pages = match self.top {
-            Top::None => [None; 4],
+            Top::None | Top::Dummy => [None; 4],
             Top::Page(id) => [Some(id), None, None, None],
             Top::Pae(pages) => pages,
         };

@@ -1,10 +1,10 @@
-//! Linux KVM's x86 shadow MMU (6.1) as a library: guest walks, shadow pages, write protection, unsync, emulated writes,
+//! Linux KVM's x86 shadow MMU (6.1, 6.12) as a library: guest walks, shadow pages, write protection, unsync, emulated writes,
 //! zapping, event for event and in KVM's own names.
 //!
 //! No I/O, no clock, no randomness, no Python. The arrows (left may never import right; checked by `tests/arrows.rs`):
 //!
 //! ```text
-//! types bits | role | error outcome config counters events ops | policy memory | mode | cpu | guest | shadow | hw | fault |
+//! types bits | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | shadow | hw | fault |
 //! engine | audit
 //! ```
 //!
@@ -22,6 +22,7 @@ pub mod events;
 pub mod fault;
 pub mod guest;
 pub mod hw;
+pub mod kernel;
 pub mod memory;
 pub mod mode;
 pub mod ops;

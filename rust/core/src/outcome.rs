@@ -18,6 +18,8 @@ pub enum RetPf {
     Fixed = 4,
     /// The shadow was right already.
     Spurious = 5,
+    /// The page is write-protected for shadow paging: unprotect it or emulate (6.1 has no name of its own for it).
+    WriteProtected = 6,
 }
 
 /// How an operation ended, seen from the guest.

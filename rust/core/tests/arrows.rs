@@ -11,7 +11,7 @@ use std::path::Path;
 const LAYERS: &[&[&str]] = &[
     &["types", "bits"],
     &["role"], // not inside shadow: events show roles
-    &["error", "outcome", "config", "counters", "events", "ops"],
+    &["error", "outcome", "kernel", "config", "counters", "events", "ops"],
     &["policy", "memory"],
     &["mode"], // the control registers select it
     &["cpu"],

@@ -3,6 +3,8 @@
 //! How inputs are read, and how the corpus is made, stands in fuzz/.
 #![allow(missing_docs, unreachable_pub, dead_code, reason = "what the bytes mean is fuzz/'s own code")]
 
+#[path = "../../../fuzz/src/adapt.rs"]
+mod adapt;
 #[path = "../../../fuzz/src/decode.rs"]
 mod decode;
 #[path = "../../../fuzz/src/world.rs"]
@@ -20,7 +22,7 @@ fn every_input_of_the_corpus_keeps_all_invariants() {
     let mut acts = 0;
     for input in inputs {
         let data = std::fs::read(&input).expect("readable");
-        acts += decode::run(&data, 1).unwrap_or_else(|error| panic!("{}: {error}", input.display()));
+        acts += adapt::run(&data, 1).unwrap_or_else(|error| panic!("{}: {error}", input.display()));
     }
     assert!(acts > 10_000, "only {acts} acts: is the corpus older than src/decode.rs?");
 }

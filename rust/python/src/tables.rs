@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use shadowkvm_core::config::PROFILES;
 use shadowkvm_core::counters::{Scope, VcpuCounters, VmCounters};
 use shadowkvm_core::events::EVENTS;
+use shadowkvm_core::kernel::{KERNELS, LINUX_6_1};
 use shadowkvm_core::ops::OPS;
 use shadowkvm_core::outcome::Status;
 use shadowkvm_core::policy::POLICIES;
@@ -21,5 +22,6 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("POLICIES", POLICIES.to_vec())?;
     module.add("PROFILES", PROFILES.map(|p| p.name).to_vec())?;
     module.add("STATUSES", Status::ALL.map(Status::name).to_vec())?;
-    module.add("MODEL_VERSION", "linux-6.1")
+    module.add("MODEL_VERSIONS", KERNELS.map(|k| k.name).to_vec())?;
+    module.add("MODEL_VERSION", LINUX_6_1.name)
 }

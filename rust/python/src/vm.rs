@@ -8,6 +8,7 @@ use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
+use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
@@ -47,7 +48,9 @@ const MAX_READ: usize = 1 << 32;
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![]))]
+    #[allow(clippy::too_many_arguments, reason = "they are keywords in Python")]
+    #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![],
+                        model_version="linux-6.1"))]
     fn new(
         memory: u64,
         vcpus: usize,
@@ -56,17 +59,25 @@ impl Vm {
         event_mask: u32,
         nx_huge_pages: bool,
         features: Vec<(String, String)>,
+        model_version: &str,
     ) -> PyResult<Self> {
         let mut cpu = CpuFeatures::named(profile).map_err(errors::config)?;
         for (name, value) in features {
             cpu = cpu.with(&name, &value).map_err(errors::config)?;
         }
+        let kernel = Kernel::named(model_version).map_err(errors::config)?;
         let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let policy = builtin(policy)
             .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
-        let config = Config { cpu, nx_huge_pages };
+        let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
         Ok(Self { engine, rows: Vec::new() })
+    }
+
+    /// Name of the kernel whose rules hold.
+    #[getter]
+    fn model_version(&self) -> &'static str {
+        self.engine.shadow().config.kernel.name
     }
 
     /// The vCPUs.
@@ -266,7 +277,7 @@ impl Vm {
     fn roots(&self) -> Vec<(Vec<i64>, Vec<i64>)> {
         let number = |id: Option<PageId>| id.map_or(-1, |id| i64::from(id.0));
         let current = |root: &Root| match root.top {
-            Top::None => Vec::new(),
+            Top::None | Top::Dummy => Vec::new(),
             Top::Page(id) => vec![i64::from(id.0)],
             Top::Pae(pages) => pages.into_iter().map(number).collect(),
         };

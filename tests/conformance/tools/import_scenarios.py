@@ -4,7 +4,8 @@
 
 `scenarios.txt.xz`: blocks of `=== SPEC`, `INIT:`, `OPS:`, `=== SCEN`, `END`, event lines, `SPT` and `STAT`, as the
 recording harness printed them. HARNESS_DIR holds the guest programs (guest64.S, ustub.S, guest32.S); they are
-assembled here, with binutils, so that the suite itself needs no assembler. The output is described in tests/conformance/corpus.py.
+assembled here, with binutils, so that the suite itself needs no assembler. The output is described in
+tests/conformance/corpus.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shadowkvm.kvm.generate.cpu import LMA
 from shadowkvm.kvm.generate.devices import Devices
 from shadowkvm.kvm.generate.formats import (
     CR0_PG,
@@ -112,11 +113,7 @@ class Control(Devices):
             self.set_cr4(self.cpu.cr4 ^ r.choice([CR4_PGE, CR4_PSE]))
         if r.random() < 0.5:
             self.read(self.page_va())
-        bad = [
-            i
-            for i in range(4)
-            if (e := self.mem.entry(root + 8 * i, 8)) & P and PAE.reserved(3, e, large=False, nx=True)
-        ]
+        bad = [i for i in range(4) if PAE.refuses_pdpte(self.mem.entry(root + 8 * i, 8))]
         if r.random() < 0.7:  # most are made good again
             for i in bad:
                 self.store(root + 8 * i, PAE.link(3, r.choice(space.tables[2])).to_bytes(8, "little"), 0)
@@ -154,8 +151,11 @@ class Control(Devices):
         return self.host_sets(cr0, cr3, cr4, efer)
 
     def host_sets(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
-        """KVM_SET_SREGS; PAE's entries are loaded, and refused ones taken for absent."""
+        """KVM_SET_SREGS, with PAE's entries mended first."""
         c = self.cpu
+        if cr0 & CR0_PG and cr4 & CR4_PAE and not efer & LMA:
+            for at in self.mend_pdpt(cr3):  # KVM would take them, and the guest would be lost
+                self.emit("hwrite", addr=at, value=0, size=8)
         self.emit("set_sregs", addr=cr3, value=cr0, expected=cr4, flags=efer)
         c.cr0, c.cr3, c.cr4, c.efer = cr0, cr3, cr4, efer
         if c.form is PAE:

@@ -64,7 +64,7 @@ class Cpu:
         """PAE: the four entries go into registers; False: the CPU refuses them (#GP)."""
         base = (self.cr3 if cr3 is None else cr3) & 0xFFFFFFE0
         new = [mem.entry(base + 8 * i, 8) for i in range(4)]
-        if any(e & P and PAE.reserved(3, e, large=False, nx=True) for e in new):
+        if any(map(PAE.refuses_pdpte, new)):
             return False
         self.pdptes = new
         return True

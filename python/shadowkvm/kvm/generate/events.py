@@ -86,7 +86,7 @@ class Events(Host):
     def forbid(self, gfn: int, bit: int) -> None:
         """A page's own entry loses a right, events come, and it gets it back."""
         form, hit = self.cpu.form, self.walk(gfn << 12)
-        if form is None or hit is None or self.r.random() < 0.5:
+        if form is None or hit is None or self.r.random() < 0.2:
             return
         at = hit.path[-1]
         old = self.mem.entry(at, form.entry)

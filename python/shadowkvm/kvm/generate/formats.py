@@ -75,6 +75,10 @@ class Format:
             return bool(entry & ADDR & (1 << self.shift(level)) - 1 & ~0x1FFF)
         return level == 4 and bool(entry & (PS | G))
 
+    def refuses_pdpte(self, entry: int) -> bool:
+        """Does this PDPTE make a load of CR3 fail?"""
+        return bool(entry & P) and self.reserved(3, entry, large=False, nx=True)
+
     def page(self, level: int, entry: int, va: int) -> int:
         """Where an address lies in the page that this entry maps."""
         low = (1 << self.shift(level)) - 1

@@ -161,8 +161,17 @@ class Image:
         self._fill_data()
         for c in self.cpus:
             if c.form is PAE:
+                self.mend_pdpt(c.cr3)
                 c.load_pdptes(mem)
         self.image = {g << 12: dict(e) for g, e in mem.pages.items()}
+
+    def mend_pdpt(self, cr3: int) -> list[int]:
+        """Clears the PDPTEs there that no CPU loads; the addresses of those that were."""
+        entries = [(cr3 & 0xFFFFFFE0) + 8 * i for i in range(4)]
+        bad = [at for at in entries if PAE.refuses_pdpte(self.mem.entry(at, 8))]
+        for at in bad:
+            self.mem.set_entry(at, 8, 0)
+        return bad
 
     @property
     def has_rom(self) -> bool:

@@ -87,7 +87,7 @@ HOST: Final[dict[str, dict[str, float]]] = {
     "clear": {"dirty": 5, "clear": 8, "access": 50},
     "pages": {"unmap": 8, "look": 8, "host": 4, "access": 40},
     "quota": {"quota": 6, "tour": 12, "scan": 4, "switch": 8},
-    "delivery": {"idt": 6, "stack": 6, "int3": 6, "dirty": 2, "access": 40},
+    "delivery": {"idt": 10, "stack": 10, "int3": 6, "dirty": 2, "access": 40},
     "code": {"run": 15, "int3": 3, "edit": 30, "dirty": 1},
     "memory": {"move": 2, "slots": 2, "unmap": 3, "look": 2, "dirty": 2, "clear": 2, "rom": 6, "sregs": 2, "quota": 1},
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shadowkvm.kvm.case import UNLOCKED
+from shadowkvm.kvm.case import AC, UNLOCKED
 from shadowkvm.kvm.generate.cpu import Hit
 from shadowkvm.kvm.generate.entries import MMIO_GFNS, Entries
-from shadowkvm.kvm.generate.formats import LONG, PAE
+from shadowkvm.kvm.generate.formats import CR4_SMAP, LONG, PAE
 from shadowkvm.kvm.generate.image import EXTRA, Space
 
-RMW = ["or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts", "inc"]
+RMW = ["cmpxchg8b", "or", "or", "and", "xor", "add", "xchg", "cmpxchg", "xadd", "bts", "inc"]
 STRINGS = ["stos", "movnti", "movups"]
 
 
@@ -107,7 +107,11 @@ class World(Entries):
             size, va = 4, va & ~3
         cpl = self.user(va) if cpl is None else cpl
         self.cpu.access(self.mem, va, write=False, user=cpl == 3)
-        self.emit("read", addr=va, size=size, cpl=cpl)
+        self.emit("read", addr=va, size=size, cpl=cpl, flags=self.alignment_check())
+
+    def alignment_check(self) -> int:
+        """EFLAGS.AC, which lets the supervisor use user pages in spite of SMAP."""
+        return AC if self.cpu.cr4 & CR4_SMAP and self.r.random() < 0.3 else 0
 
     def lands(self, va: int, size: int, cpl: int) -> list[tuple[int | None, int]] | None:
         """Where a store of that many bytes goes, page by page: guest physical address (None: nowhere), bytes."""
@@ -151,14 +155,15 @@ class World(Entries):
             self.emit(kind, addr=va, size=len(data), cpl=cpl, expected=value)
         else:  # of an SSE store `expected` is the high half
             low, high = value & (1 << 64) - 1, value >> 64
-            self.emit(kind, addr=va, size=len(data), cpl=cpl, value=low, expected=high)
+            flags = self.alignment_check() if kind == "write" else 0
+            self.emit(kind, addr=va, size=len(data), cpl=cpl, value=low, expected=high, flags=flags)
 
     def locked(self, va: int, gpa: int, new: int, cpl: int, size: int) -> None:
         """Brings the word of that size at gpa to `new`, as far as the instruction can."""
         r = self.r
-        kind = r.choice(RMW) if self.kinds else "or"
+        kind = r.choice(RMW[size != 8 :]) if self.kinds else "or"
         if size > self.word:
-            kind = "cmpxchg"  # CMPXCHG8B
+            kind = "cmpxchg8b"
         old, mask = int.from_bytes(self.mem.load(gpa, size), "little"), (1 << 8 * size) - 1
         bit = r.choice([i for i in range(8 * size) if (old ^ new) >> i & 1] or [0])
         operand, result = {
@@ -169,13 +174,14 @@ class World(Entries):
             "xadd": (new - old & mask, new),
             "xchg": (new, new),
             "cmpxchg": (new, new),
+            "cmpxchg8b": (new, new),
             "bts": (bit, old | 1 << bit),
             "inc": (0, old + 1 & mask),
         }[kind]
         if not self.mem.safe(gpa, result.to_bytes(size, "little")):
             return
         expected = 0
-        if kind == "cmpxchg":
+        if kind in ("cmpxchg", "cmpxchg8b"):
             expected = old ^ 2 * (r.random() < 0.1)
             result = new if expected == old else old
         if self.cpu.access(self.mem, va, write=True, user=cpl == 3) is not None and self.mem.writable(gpa >> 12):
@@ -223,8 +229,13 @@ class World(Entries):
         """By an instruction that KVM does not take for a writer of page tables; REP and SSE write more."""
         r, n = self.r, len(image)
         # A #PF at CPL 0 would go to the stack of the PUSH itself.
-        kind = r.choice([*STRINGS, "rep", "movs", *(["push"] if cpl else [])])
+        kind = r.choice(
+            [*STRINGS, "rep", "movs", *(["push"] if cpl else []), *(["cmpxchg16b"] if self.word == 8 else [])]
+        )
         near = at & 0xFFF
+        if kind == "cmpxchg16b":
+            self.exchange16(va & ~15, at & ~15, image, cpl)
+            return
         if kind == "movups" and near < 0xFF0:
             self.store(va, image + self.mem.load(at + n, 16 - n), cpl, kind)
             return
@@ -243,6 +254,22 @@ class World(Entries):
         for i in range(0, n, self.word):
             size = min(n, self.word)
             self.store(va + i, image[i : i + size], cpl, kind if kind != "push" or size == self.word else "stos")
+
+    def exchange16(self, va: int, at: int, image: bytes, cpl: int) -> None:
+        """CMPXCHG16B; what it compares with and stores is 64 bits wide, with zeros above."""
+        old, image = self.mem.load(at, 16), image.ljust(8, b"\0")
+        hit = self.cpu.access(self.mem, va, write=True, user=cpl == 3)
+        found = self.where_is(at >> 12)
+        tracked = found is not None and found[1] > 1
+        if hit is None or tracked or not self.mem.writable(at >> 12) or not self.mem.safe(at, image + bytes(8)):
+            # KVM does not emulate it: it must not reach a device, and at a table above the last it may repeat for ever.
+            self.read(va, cpl)
+            return
+        if old[8:] == bytes(8):
+            self.mem.put(at, image + bytes(8))
+        flags = UNLOCKED if self.r.random() < 0.3 else 0
+        low, new = int.from_bytes(old[:8], "little"), int.from_bytes(image, "little")
+        self.emit("cmpxchg16b", addr=va, value=new, size=16, expected=low, cpl=cpl, flags=flags)
 
     def set_cr3(self, value: int) -> None:
         """MOV to CR3; with PAE the four PDPTEs may be refused."""

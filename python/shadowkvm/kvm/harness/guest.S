@@ -22,8 +22,8 @@
 .macro stubs64 cpl
   stubs \cpl
   sized \cpl, 8, q
-  prepared \cpl, cmpxchg16, "xor %ecx, %ecx", lock cmpxchg16b (%rdi)
-  prepared \cpl, cmpxchg16_, "xor %ecx, %ecx", cmpxchg16b (%rdi)
+  prepared \cpl, cmpxchg16b16, "mov %rsi, %rcx", lock cmpxchg16b (b)
+  prepared \cpl, cmpxchg16b16_, "mov %rsi, %rcx", cmpxchg16b (b)
   stub \cpl, push8, push %rdx
 .endm
 

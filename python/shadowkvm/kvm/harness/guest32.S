@@ -20,7 +20,6 @@
 
 .macro stubs32 cpl
   stubs \cpl
-  both \cpl, cmpxchg8, cmpxchg8b (%edi)
   stub \cpl, push4, push %edx
 .endm
 

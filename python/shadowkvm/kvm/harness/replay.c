@@ -19,6 +19,9 @@
 #define MAX_MMIO 24 // more MMIO exits than this in one op: a guest that repeats for ever
 #define MAX_STATS 128
 #define HUGE (2ull << 20)
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 // The reader of this program's output looks for "ERROR " and for "DONE".
 static void fail(const char *what) { printf("ERROR %s%s%s\n", what, errno ? ": " : "", errno ? strerror(errno) : ""); exit(1); }
@@ -31,7 +34,7 @@ struct head {
 };
 struct slot { uint64_t id, gpa, size, flags; };
 struct op { uint8_t op, size, cpl, vcpu; uint32_t arg, rip, end, flags, length; uint64_t addr, value, expected; };
-enum { GUEST, FETCH, READ, WRMSR, WIDE, RUN, INT3, LIDT, SSE, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
+enum { GUEST, FETCH, READ, WRMSR, CMPXCHG8B, RUN, INT3, LIDT, SSE, CMPXCHG16B, HWRITE = 16, SLOT, DIRTYLOG, UNMAP, QUOTA, CLEARDIRTY, HREAD, SREGS, STACK, SLOT_ADD };
 enum { DONE, PAGE_FAULT, MMIO, GP, STOPPED, DOUBLE_FAULT, SHUTDOWN };
 #define AC 2 // op.flags
 
@@ -143,7 +146,8 @@ static void load_memory(FILE *f)
 		read_exact(&gpa, 8, f);
 		read_exact(ram + gpa, 4096, f);
 	}
-	for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
+	if (madvise(ram, head.memory, MADV_POPULATE_WRITE)) // a kernel before 5.14
+		for (uint64_t i = 0; i < head.memory; i += 4096) *(volatile uint8_t *)(ram + i) |= 0;
 }
 
 static const struct mode *mode_of(uint64_t efer) { return &head.mode[!(efer & 1 << 10)]; }
@@ -192,8 +196,8 @@ static int tame(const struct op *o, const struct mode *m, const struct kvm_regs 
 	uint64_t hlt = g->rip - 1, end = o->op == FETCH ? o->addr : o->op == RUN ? o->addr + o->length : o->end;
 	if (hlt == m->df) return 1;
 	if (hlt == m->bp) return o->op == INT3 && g->rcx == o->rip + 1;
-	if ((hlt == m->pf || hlt == m->gp) && jump) return g->rcx == o->rip || (g->rcx >= o->addr && g->rcx <= end) || (o->op == FETCH && cr2 == o->addr);
-	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip;
+	if (hlt == m->pf && o->op == FETCH) return g->rcx == o->rip || cr2 == o->addr;
+	if (hlt == m->pf || hlt == m->gp) return g->rcx == o->rip || (o->op == RUN && g->rcx >= o->addr && g->rcx <= end);
 	return jump || o->cpl ? hlt == m->back && g->rcx == end + 2 : hlt == o->end;
 }
 
@@ -204,11 +208,8 @@ static struct kvm_regs prepare(const struct op *o, const struct mode *m)
 	uint64_t rip = o->rip - o->arg, rsp0 = stack[o->vcpu] + 0x10; // a stub may have instructions before the one under test
 	struct kvm_regs g = { .rflags = 2 | (o->flags & AC ? 1 << 18 : 0), .rsp = stack[o->vcpu], .rbx = o->addr, .rdi = o->addr, .rsi = o->expected, .rdx = o->value, .rax = o->expected, .rip = rip };
 	if (o->op == WRMSR) { g.rcx = 0xc0000080; g.rax = (uint32_t)o->value; g.rdx = o->value >> 32; }
-	if (o->op == WIDE) { // CMPXCHG8B, CMPXCHG16B
-		int half = wide ? 0 : 32;
-		g.rbx = half ? (uint32_t)o->value : o->value; g.rcx = half ? o->value >> half : 0;
-		g.rax = half ? (uint32_t)o->expected : o->expected; g.rdx = half ? o->expected >> half : 0;
-	}
+	if (o->op == CMPXCHG8B) { g.rbx = (uint32_t)o->value; g.rsi = o->value >> 32; g.rax = (uint32_t)o->expected; g.rdx = o->expected >> 32; }
+	if (o->op == CMPXCHG16B) { g.rbx = o->value; g.rsi = g.rdx = 0; g.rax = o->expected; } // the high halves are zero
 	if (o->op == RUN) g.rbx = o->expected;
 	if (o->op == LIDT) { memcpy(ram + m->idtr, &(uint16_t){ m->idt_limit }, 2); memcpy(ram + m->idtr + 2, &o->addr, wide ? 8 : 4); }
 	if (o->op == SSE) memcpy(ram + RT + 0xd00 + 4096 * !!o->cpl, (uint64_t[]){ o->value, o->expected }, 16);

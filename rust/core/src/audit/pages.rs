@@ -235,7 +235,7 @@ impl Audit<'_> {
 /// The pages of a root, each with its place among the four of a PAE root.
 fn root_pages(root: &Root) -> Vec<(usize, PageId)> {
     match root.top {
-        Top::None => Vec::new(),
+        Top::None | Top::Dummy => Vec::new(),
         Top::Page(id) => vec![(0, id)],
         Top::Pae(pages) => pages.into_iter().enumerate().filter_map(|(i, id)| Some((i, id?))).collect(),
     }

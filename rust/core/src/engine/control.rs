@@ -121,7 +121,9 @@ impl Ctx<'_> {
         self.shadow.events.exit(reason, rip.unwrap_or(0), 0);
         let assisted = self.shadow.config.cpu.decode_assists;
         if !assisted {
-            self.vcpu.last_retry = (0, 0);
+            if !self.shadow.config.kernel.retry_needs_zap {
+                self.vcpu.last_retry = (0, 0);
+            }
             if let Err(outcome) = self.decode(rip) {
                 return outcome;
             }

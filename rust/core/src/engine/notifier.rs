@@ -51,7 +51,7 @@ impl Vm {
         let (first, pages) = (gpa.gfn(), size / PAGE_SIZE);
         self.shadow.events.unmap_hva_range(gpa, Gpa(gpa.0 + size));
         let flush = self.shadow.unmap_range(first, pages);
-        self.shadow.events.set_spte_hva(gpa);
+        self.shadow.page_replaced(gpa);
         self.pay_all(flush);
         self.shadow.memory.host.set_states(first, pages, HostState::Shared);
         Ok(())

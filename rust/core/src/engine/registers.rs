@@ -48,7 +48,9 @@ impl Ctx<'_> {
         if was_pg && !pg {
             self.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST);
         }
-        if (old.cr0 ^ value) & (CR0_PG | CR0_WP) != 0 {
+        let changed = old.cr0 ^ value;
+        let in_vain = changed == CR0_WP && !pg && !self.shadow.config.kernel.unpaged_wp_resets;
+        if changed & (CR0_PG | CR0_WP) != 0 && !in_vain {
             self.reset_context();
         }
         Ok(())
@@ -184,6 +186,9 @@ impl Ctx<'_> {
         }
         if !same || regs.pae_paging() {
             self.reset_context();
+            if self.shadow.config.kernel.sregs_flush {
+                self.vcpu.requests.raise(Requests::TLB_FLUSH_GUEST);
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ impl Ctx<'_> {
         let (write, gfn) = (code.has(ErrorCode::W), Gfn(gva.0 >> 12));
         let mapped = code.has(ErrorCode::P) && !code.has(ErrorCode::RSVD);
         if mapped && write && self.shadow.write_tracked(gfn) {
-            return Handled::Result(RetPf::Emulate);
+            return Handled::Result(RetPf::WriteProtected);
         }
         let mut fault = Fault {
             gva,

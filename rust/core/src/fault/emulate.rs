@@ -4,7 +4,7 @@ use crate::bits::CR4_PAE;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx, Stop};
 use crate::guest::permission::permission_fault;
-use crate::guest::walk::{GuestFault, GuestWalk};
+use crate::guest::walk::GuestFault;
 use crate::outcome::{Outcome, Status};
 use crate::types::{ErrorCode, Gpa, Gva};
 
@@ -83,49 +83,9 @@ impl Ctx<'_> {
         if self.shadow.memory.slot(walk.gfn).is_some() { Ok(()) } else { Err(Stop::NoBytes) }
     }
 
-    /// An instruction that does not write page tables is resumed once at a place, with the page it hit no longer
-    /// shadowed (`retry_instruction`, 6.1).
-    fn retry_instruction(&mut self, insn: &Insn, gva: Gva, how: Emulation) -> bool {
-        let here = (insn.rip_or_zero(), gva.0);
-        let last = std::mem::take(&mut self.vcpu.last_retry);
-        let writes_tables = match insn.action {
-            Action::Store | Action::Copy | Action::Rmw(_) => insn.writes_tables,
-            Action::Load | Action::Fetch => false,
-        };
-        if !how.allow_retry || writes_tables || last == here {
-            return false;
-        }
-        self.vcpu.last_retry = here;
-        if let Ok(walk) = self.walk_for_write(gva, insn) {
-            let flush = self.shadow.unprotect(walk.gfn);
-            self.pay(flush);
-        }
-        self.vcpu.counters.x_retries += 1;
-        true
-    }
-
-    fn walk_for_write(&mut self, gva: Gva, insn: &Insn) -> Result<GuestWalk, GuestFault> {
-        self.walk(gva, ErrorCode::W.with(ErrorCode::U.when(insn.user)), insn.ac)
-    }
-
-    /// Whether the guest may run an instruction again that could not be emulated, its page no longer shadowed
-    /// (`reexecute_instruction`, 6.1). It looks the host's page up for writing, which a read-only slot refuses.
-    fn reexecute(&mut self, gva: Gva, insn: &Insn) -> bool {
-        // The guest will take the fault itself.
-        let Ok(walk) = self.walk_for_write(gva, insn) else { return true };
-        if self.shadow.memory.slot(walk.gfn).is_none_or(|slot| slot.readonly) {
-            return false;
-        }
-        self.host_makes_writable(walk.gfn);
-        let flush = self.shadow.unprotect(walk.gfn);
-        self.pay(flush);
-        true
-    }
-
-    /// The instruction cannot be decoded (`reexecute_instruction` and `handle_emulation_failure`, 6.1).
+    /// The instruction cannot be decoded (`handle_emulation_failure`, 6.1).
     fn emulation_failed(&mut self, insn: &Insn, gva: Gva, how: Emulation, stop: Stop) -> After {
-        if how.allow_retry && self.reexecute(gva, insn) && !how.write_to_table {
-            self.vcpu.counters.x_retries += 1;
+        if self.retry_after_failure(insn, gva, how) {
             return After::Resume;
         }
         if let Stop::Fault(fault) = stop {
@@ -144,12 +104,16 @@ impl Ctx<'_> {
             Action::Fetch => {}
             Action::Load => self.emulated_read(insn, &mut effect)?,
             Action::Copy => {
-                while effect.elements < insn.repeat && effect.mmio.is_none() {
+                // A load from a device is completed by going on where the emulator was (complete_emulated_mmio, 6.1): only
+                // a store to one ends the exit.
+                let mut stored = Effect::default();
+                while effect.elements < insn.repeat && stored.mmio.is_none() {
                     let element = insn.element(effect.elements);
                     let mut load = Effect::default();
                     self.emulated_read(&element.loading(), &mut load)?;
-                    effect.mmio = load.mmio;
-                    self.emulated_write(&element, load.value, &mut effect)?;
+                    self.emulated_write(&element, load.value, &mut stored)?;
+                    self.vcpu.counters.mmio_exits += u64::from(load.mmio.is_some() && effect.mmio.is_some());
+                    effect.mmio = effect.mmio.or(load.mmio).or(stored.mmio);
                     effect.elements += 1;
                 }
             }

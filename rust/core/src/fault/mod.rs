@@ -7,6 +7,7 @@ pub mod insn;
 pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
+pub mod retry;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
 use crate::cpu::{Requests, Vcpu};
@@ -163,10 +164,17 @@ impl Shadow {
             HostState::Zero | HostState::Shared => {
                 self.events.unmap_hva_range(gfn.gpa(), Gpa(gfn.gpa().0 + 4096));
                 let flush = self.unmap_range(gfn, 1);
-                self.events.set_spte_hva(gfn.gpa());
+                self.page_replaced(gfn.gpa());
                 self.memory.host.set_state(gfn, HostState::Writable);
                 flush
             }
+        }
+    }
+
+    /// Another page is behind a frame, whose entries are gone already.
+    pub(crate) fn page_replaced(&mut self, gpa: Gpa) {
+        if self.config.kernel.notifier_changes_pte {
+            self.events.set_spte_hva(gpa);
         }
     }
 }

@@ -39,7 +39,7 @@ impl Ctx<'_> {
     /// Handles a #PF exit of the instruction at `gva`.
     pub(crate) fn handle_page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode) -> After {
         self.count_exit(insn, gva, code);
-        if insn.delivery {
+        if insn.delivery && self.shadow.config.kernel.delivery_unprotects_first {
             self.unprotect_for_delivery(insn, gva);
         }
         if code.has(ErrorCode::RSVD) {
@@ -65,15 +65,21 @@ impl Ctx<'_> {
             Handled::OutOfPages => return After::Finished(Outcome::of(Status::InternalError)),
             Handled::Result(result) => result,
         };
-        match result {
-            RetPf::Fixed => self.vcpu.counters.pf_fixed += 1,
-            RetPf::Emulate => self.vcpu.counters.pf_emulate += 1,
-            RetPf::Spurious => self.vcpu.counters.pf_spurious += 1,
-            RetPf::Continue | RetPf::Retry | RetPf::Invalid => {}
-        }
-        if result == RetPf::Emulate {
-            let allow_retry = !self.mmio_in_cache(gva);
-            return self.emulate(insn, gva, Emulation { allow_retry, write_to_table });
+        let emulation = match result {
+            RetPf::WriteProtected if self.shadow.config.kernel.retry_needs_zap => {
+                self.write_protect_fault(insn, gva, write_to_table)
+            }
+            RetPf::Emulate | RetPf::WriteProtected => {
+                let allow_retry = !self.shadow.config.kernel.retry_needs_zap && !self.mmio_in_cache(gva);
+                Some(Emulation { allow_retry, write_to_table })
+            }
+            RetPf::Fixed | RetPf::Spurious | RetPf::Continue | RetPf::Retry | RetPf::Invalid => None,
+        };
+        self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
+        self.vcpu.counters.pf_spurious += u64::from(result == RetPf::Spurious);
+        self.vcpu.counters.pf_emulate += u64::from(emulation.is_some());
+        if let Some(how) = emulation {
+            return self.emulate(insn, gva, how);
         }
         if insn.delivery {
             self.reinject(insn);
@@ -110,19 +116,6 @@ impl Ctx<'_> {
         }
     }
 
-    /// A fault while an event was being delivered: whatever lies at the address must not need emulation, so it stops
-    /// being a shadowed table (`kvm_mmu_unprotect_page_virt`, 6.1). The walk has the CPL from before the delivery.
-    fn unprotect_for_delivery(&mut self, insn: &Insn, gva: Gva) {
-        if !self.vcpu.role.mode.has_tables() {
-            return;
-        }
-        let access = ErrorCode::U.when(insn.user);
-        if let Ok(walk) = self.walk(gva, access, insn.ac) {
-            let flush = self.shadow.unprotect(walk.gfn);
-            self.pay(flush);
-        }
-    }
-
     fn page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode, write_to_table: &mut bool) -> Handled {
         let walk = match self.walk(gva, code, insn.ac) {
             Ok(walk) => walk,
@@ -132,9 +125,14 @@ impl Ctx<'_> {
         let (write, user) = (code.has(ErrorCode::W), code.has(ErrorCode::U));
         if write && code.has(ErrorCode::P) && self.shadow.write_tracked(walk.gfn) {
             self.shadow.clear_flood_path(root, gva);
-            return Handled::Result(RetPf::Emulate);
+            return Handled::Result(RetPf::WriteProtected);
         }
-        let self_changing = self.is_self_change_mapping(&walk, user, write_to_table);
+        let self_changing = if self.shadow.config.kernel.self_mapping_is_small {
+            self.is_self_change_mapping(&walk, user, write_to_table)
+        } else {
+            *write_to_table = write && self.is_table_of(&walk);
+            false
+        };
         let mut fault = Fault {
             gva,
             write,
@@ -189,6 +187,12 @@ impl Ctx<'_> {
             *write_to_table |= walk.gfn == table;
         }
         self_changing
+    }
+
+    /// Whether the target is one of the tables of its own walk; the root's is not looked at (`FNAME(fetch)`, 6.12).
+    fn is_table_of(&self, walk: &GuestWalk) -> bool {
+        let levels = usize::from(walk.level.0)..usize::from(self.vcpu.role.mode.top.0);
+        levels.into_iter().any(|level| walk.tables[level - 1] == walk.gfn)
     }
 
     /// Finds the host page (`kvm_faultin_pfn`, 6.1). `false`: a write to a read-only slot, to be emulated.

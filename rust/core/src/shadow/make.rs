@@ -107,7 +107,7 @@ impl Shadow {
             self.events.set_spte(leaf.gfn.0, new.0, sptep(pos.page(), pos.index()), level.0);
         }
         if protected && leaf.write {
-            result = RetPf::Emulate;
+            result = RetPf::WriteProtected;
         }
         let mut owed = Flush::when(flush);
         if was_mapped {

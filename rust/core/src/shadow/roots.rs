@@ -17,19 +17,24 @@ pub(crate) enum NewPgd {
 }
 
 impl Shadow {
-    /// Loads a root for the current CR3 (`kvm_mmu_load`, 6.1). `false`: CR3 or a PDPTE points outside the slots, so the
-    /// vCPU shuts down.
+    /// Loads a root for the current CR3 (`kvm_mmu_load`, 6.1). `false`: CR3 or a PDPTE points outside the slots, and the
+    /// kernel shuts the vCPU down for it.
     pub(crate) fn load_root(&mut self, vcpu: &mut Vcpu) -> (bool, Flush) {
         let mode = vcpu.role.mode;
         let cr3 = Gpte(vcpu.regs.cr3).gfn();
-        let frames: [Option<Gfn>; 4] = std::array::from_fn(|i| match mode {
+        let mut frames: [Option<Gfn>; 4] = std::array::from_fn(|i| match mode {
             mode if !mode.has_tables() => Some(Gfn((i as u64) << 18)),
             mode if mode.pdptes => Some(Gpte(vcpu.pdptes[i])).filter(|pdpte| pdpte.present()).map(Gpte::gfn),
             _ => Some(cr3),
         });
-        if mode.has_tables() && frames.iter().flatten().any(|gfn| self.memory.slot(*gfn).is_none()) {
-            vcpu.requests.raise(Requests::TRIPLE_FAULT);
-            return (false, Flush::NONE);
+        let is_lost = |gfn: &Gfn| self.memory.slot(*gfn).is_none();
+        let cr3_is_lost = mode.has_tables() && is_lost(&cr3) && !self.config.kernel.lost_root_shuts_down;
+        if mode.has_tables() && frames.iter().flatten().any(is_lost) {
+            if self.config.kernel.lost_root_shuts_down {
+                vcpu.requests.raise(Requests::TRIPLE_FAULT);
+                return (false, Flush::NONE);
+            }
+            frames = frames.map(|frame| frame.filter(|gfn| !is_lost(gfn)));
         }
         let (_, mut owed) = self.make_pages_available();
         let role = vcpu.role.root_role();
@@ -39,7 +44,9 @@ impl Shadow {
             self.arena[id].root_count += 1;
             id
         };
-        let top = if mode.has_pae_roots() {
+        let top = if cr3_is_lost {
+            Top::Dummy
+        } else if mode.has_pae_roots() {
             Top::Pae(std::array::from_fn(|i| frames[i].map(|gfn| load(gfn, role.pae_root(i as u32)))))
         } else {
             Top::Page(load(cr3, role))
@@ -102,13 +109,13 @@ impl Shadow {
         self.free_roots_if(vcpu, |_, _, _| true)
     }
 
-    /// Lets go of roots that were zapped, and of the four pages of a PAE root in any case
+    /// Lets go of roots that were zapped, and of those that are no page of their own in any case
     /// (`kvm_mmu_free_obsolete_roots`, 6.1).
     pub(crate) fn free_obsolete_roots(&mut self, vcpu: &mut Vcpu) -> Flush {
         self.free_roots_if(vcpu, |s, root, _| match root.top {
             Top::None => false,
             Top::Page(id) => !s.is_valid(id),
-            Top::Pae(_) => true,
+            Top::Pae(_) | Top::Dummy => true,
         })
     }
 
@@ -130,8 +137,8 @@ impl Shadow {
     /// moves the roots on by one place; the one that falls out is let go.
     pub(crate) fn new_pgd(&mut self, vcpu: &mut Vcpu, pgd: u64) -> (NewPgd, Flush) {
         let mut owed = Flush::NONE;
-        if matches!(vcpu.root.top, Top::Pae(_)) {
-            // PAE roots are not kept, so that nobody has to care for their PDPTEs.
+        if matches!(vcpu.root.top, Top::Pae(_) | Top::Dummy) {
+            // PAE roots are not kept, so that nobody has to care for their PDPTEs; a dummy has nothing to keep.
             owed += self.free_current_root(vcpu);
         }
         if !vcpu.root.is_loaded() {

@@ -19,13 +19,26 @@ impl Shadow {
         readable.then(|| Gpte(self.memory.host.entry(table, index, bytes)))
     }
 
+    /// The guest's entry behind one of a page's entries, read likewise.
+    fn gpte_behind(&self, pos: SptePos) -> Option<Gpte> {
+        let page = &self.arena[pos.page()];
+        let index = Mode::gpte_index(page.role.quadrant(), pos.index());
+        self.read_gpte_atomic(page.gfn, index, page.role.entry_bytes())
+    }
+
+    /// Whether the page's entries mean the same to the vCPU as to the one that made them (`kvm_sync_page_check`, 6.12).
+    fn can_sync(&self, id: PageId, role: &CpuRole) -> bool {
+        let page = &self.arena[id];
+        !page.role.direct() && page.role.sync_key() == role.root_role().sync_key()
+    }
+
     /// Brings each entry of a page into step (`FNAME(sync_page)`, 6.1). `Some(flush)` says whether a right or mark
     /// went away; `None` that the page cannot be synced and must be zapped.
     fn sync_entries(&mut self, id: PageId, role: &CpuRole) -> Option<bool> {
-        let page = &self.arena[id];
-        if page.role.direct() || page.role.sync_key() != role.root_role().sync_key() {
+        if !self.can_sync(id, role) {
             return None;
         }
+        let page = &self.arena[id];
         let (table, used, granted) = (page.gfn, page.used, page.role.access());
         let (quadrant, bytes) = (page.role.quadrant(), page.role.entry_bytes());
         if used == Bitmap::default() {
@@ -56,7 +69,13 @@ impl Shadow {
             return None;
         }
         let access = gpte.protect_clean(granted.and(gpte.access()));
-        if !self.arena.maps(pos, gpte.gfn(), access) || access.has(Access::W) != old.writable() {
+        if !self.arena.maps(pos, gpte.gfn(), access) {
+            return None;
+        }
+        if self.config.kernel.sync_keeps_unchanged {
+            return Some(false);
+        }
+        if access.has(Access::W) != old.writable() {
             return None;
         }
         let new = Spte(old.0 & !(PT_A | PT_D));
@@ -87,6 +106,9 @@ impl Shadow {
         if self.arena.mapped_gfn(pos) != gfn {
             self.drop_leaf(pos);
             return true;
+        }
+        if self.config.kernel.sync_keeps_unchanged && self.arena.maps(pos, gfn, access) {
+            return false;
         }
         self.arena.set_mapped(pos, gfn, access);
         let pfn = old.pfn();
@@ -131,8 +153,30 @@ impl Shadow {
         owed
     }
 
-    /// INVLPG below one root (`FNAME(invlpg)`, 6.1): an entry of an unsync page is dropped and, if the guest's entry
-    /// allows it, made again; nothing else needs it.
+    /// Syncs one entry (`kvm_sync_spte`, 6.12), or drops it if that is not possible.
+    fn sync_in_place(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
+        if self.spte(pos) == Spte::EMPTY {
+            return Flush::NONE;
+        }
+        let Some(gpte) = self.gpte_behind(pos).filter(|_| self.can_sync(pos.page(), role)) else {
+            self.zap_entry(pos);
+            return Flush::when(true);
+        };
+        Flush::when(self.sync_entry(pos, gpte, role))
+    }
+
+    /// Drops one entry and, if the guest's entry allows it, makes it again (`FNAME(invlpg)`, 6.1).
+    fn drop_and_prefetch(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
+        let was_present = self.zap_entry(pos);
+        let mut owed = Flush::when(was_present);
+        if let Some(gpte) = self.gpte_behind(pos) {
+            owed += self.prefetch_gpte(pos, gpte, role, false).1;
+        }
+        owed
+    }
+
+    /// INVLPG below one root (`FNAME(invlpg)`, 6.1; `__kvm_mmu_invalidate_addr`, 6.12): only an entry of an unsync
+    /// page may differ from the guest's.
     pub(crate) fn invlpg_root(&mut self, root: PageId, gva: Gva, role: &CpuRole) -> Flush {
         let mut owed = Flush::NONE;
         let mut id = root;
@@ -144,14 +188,11 @@ impl Shadow {
                 if !self.arena[id].unsync {
                     break;
                 }
-                let (table, page) = (self.arena[id].gfn, self.arena[id].role);
-                let was_present = self.zap_entry(pos);
-                owed += Flush::when(was_present);
-                if let Some(gpte) =
-                    self.read_gpte_atomic(table, Mode::gpte_index(page.quadrant(), pos.index()), page.entry_bytes())
-                {
-                    owed += self.prefetch_gpte(pos, gpte, role, false).1;
-                }
+                owed += if self.config.kernel.invlpg_syncs {
+                    self.sync_in_place(pos, role)
+                } else {
+                    self.drop_and_prefetch(pos, role)
+                };
             }
             let spte = self.spte(pos);
             if self.arena[id].unsync_children == 0 || !spte.is_table(level.0) {

@@ -15,7 +15,7 @@ const STACK: u64 = 0xe000;
 const NOWHERE: u64 = 0x4000_0000;
 
 fn event(vector: u8, error_code: Option<u32>) -> Delivery {
-    Delivery { vector, error_code, rip: 0x1234, user: false, idt: IDT, gdt: GDT, tss: TSS, rsp: STACK }
+    Delivery { vector, error_code, rip: 0x1234, user: false, soft: false, idt: IDT, gdt: GDT, tss: TSS, rsp: STACK }
 }
 
 fn long_guest() -> Vm {

@@ -68,7 +68,7 @@ impl Guest {
     /// The guest with some quadwords of its memory changed (`3010=6007; 6140=428003 x8 +8 +1000`), host pages as given,
     /// and registers that differ.
     pub(crate) fn new(memory: &str, host: HostState, change: impl FnOnce(&mut Registers)) -> Self {
-        let config = Config { cpu: QEMU_TCG, nx_huge_pages: false };
+        let config = Config { cpu: QEMU_TCG, ..Config::default() };
         let mut vm = Vm::new(RAM, 2, config, Box::new(Kvm), EventLog::EVERYTHING).expect("a good configuration");
         vm.set_host_pages(Gpa(0), RAM, host).expect("slot 0");
         let mut used = std::collections::BTreeSet::new();

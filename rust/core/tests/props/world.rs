@@ -110,7 +110,7 @@ impl Start {
 
     /// The VM, with both vCPUs in the identity map.
     pub(crate) fn build(&self, events: u32) -> Vm {
-        let config = Config { cpu: self.cpu, nx_huge_pages: self.nx_huge_pages };
+        let config = Config { cpu: self.cpu, nx_huge_pages: self.nx_huge_pages, ..Config::default() };
         let policy = builtin(self.policy).expect("a policy that exists");
         let mut vm = Vm::new(self.memory(), 2, config, policy, events).expect("a good configuration");
         self.set_host_pages(&mut vm);

@@ -1,26 +1,27 @@
 //! An independent second implementation: x86's rules for what a TLB may hold, and the engine held to them.
 //!
-//! The model walks the guest's tables and remembers every value that an entry has had. After each operation, each
-//! translation in the shadow must be one that the guest's tables gave at some time since the last flush that covers it,
-//! each access must have gone where such a translation leads, and each fault must be the one that the tables give now.
+//! The model walks the guest's tables, in whatever paging mode they are in, and remembers every value that an entry has
+//! had. After each operation, each translation in the shadow must be one that the guest's tables gave at some time since
+//! the last flush that covers it, each access must have gone where such a translation leads, each fault must be the one
+//! that the tables give now, and the registers must be what the manuals say: an illegal write gives #GP and changes
+//! nothing.
 //!
 //! The cases are the same in every run; `SHADOWKVM_PROPTEST_CASES=2000` (or `PROPTEST_CASES`) runs so many of each kind,
 //! `SHADOWKVM_PROPTEST_SEED=7` others.
 #![allow(missing_docs, unreachable_pub, dead_code, reason = "the guest is shared with fuzz/")]
 
+#[path = "../../../../fuzz/src/adapt.rs"]
+mod adapt;
 #[path = "../../../../fuzz/src/decode.rs"]
 mod decode;
 mod guest;
-mod referee;
-mod shadow;
-mod tlb;
-mod touch;
-mod walk;
+mod model;
 #[path = "../../../../fuzz/src/world.rs"]
 mod world;
 
 use guest::{Story, Style};
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use world::{Machine, Paging};
 
 /// Operations after which the whole shadow is compared. Each access is held to the model all the same.
 const SWEEP_EVERY: usize = 3;
@@ -42,35 +43,42 @@ fn check(style: Style, cases: u32, salt: u8) {
 }
 
 fn run(story: &Story) -> Result<(), String> {
-    let mut vm = world::build(story.kind, story.host);
-    let mut referee = referee::of(&vm, story.kind);
-    for (i, act) in story.acts.iter().flat_map(|act| decode::parts(*act)).enumerate() {
-        if touch::outside(&vm, &act) {
-            continue;
-        }
-        let said = |error: String| format!("after act {i}, {act:x?}:\n{error}");
-        let before = referee.before(&vm, &act);
-        let outcome = decode::apply(&mut vm, &act);
-        referee.after(&vm, &act, before, outcome).map_err(said)?;
-        if shadow::hole_was_taken(&vm) {
-            return Ok(());
-        }
-        if i % SWEEP_EVERY == 0 {
-            shadow::check(&vm, &referee).map_err(said)?;
-        }
-        vm.audit().map_err(|error| said(error.to_string()))?;
-    }
-    shadow::check(&vm, &referee)
+    model::run(&story.machine, story.acts.iter().copied(), usize::MAX, SWEEP_EVERY, true)
 }
+
+const PLAIN: Style = Style { mode: None, switches: false, host: false, faulty: false };
 
 #[test]
 fn what_the_guest_does_by_itself_keeps_to_the_tlbs_rules() {
-    check(Style { host: false, faulty: false }, 400, 1);
+    check(Style { mode: Some(Paging::Four), ..PLAIN }, 120, 1);
 }
 
 #[test]
 fn hosts_and_odd_instructions_keep_to_them_too() {
-    check(Style { host: true, faulty: true }, 400, 2);
+    check(Style { host: true, faulty: true, ..PLAIN }, 200, 2);
+}
+
+/// No run of real KVM has shown 5-level paging: this is what there is.
+#[test]
+fn five_levels_keep_to_them() {
+    check(Style { mode: Some(Paging::Five), ..PLAIN }, 150, 3);
+    check(Style { mode: Some(Paging::Five), faulty: true, ..PLAIN }, 150, 4);
+}
+
+#[test]
+fn pae_paging_keeps_to_them() {
+    check(Style { mode: Some(Paging::Pae), faulty: true, ..PLAIN }, 120, 5);
+}
+
+#[test]
+fn thirty_two_bit_paging_keeps_to_them() {
+    check(Style { mode: Some(Paging::Two), faulty: true, ..PLAIN }, 120, 6);
+}
+
+#[test]
+fn switches_of_the_mode_keep_to_them() {
+    check(Style { switches: true, faulty: true, ..PLAIN }, 200, 7);
+    check(Style { switches: true, host: true, faulty: true, ..PLAIN }, 100, 8);
 }
 
 /// The fuzzer knows more ways; of each input the first acts.
@@ -80,10 +88,8 @@ fn the_fuzzers_corpus_keeps_to_them_too() {
     for entry in std::fs::read_dir(corpus).expect("the corpus") {
         let path = entry.expect("an entry").path();
         let data = std::fs::read(&path).expect("readable");
-        let [kind, host, rest @ ..] = data.as_slice() else { continue };
-        let vcpus = world::build(*kind, *host).vcpus().len();
-        let acts = rest.as_chunks().0.iter().take(100).map(|record| decode::act(*record, vcpus)).collect();
-        let story = Story { kind: *kind, host: *host, acts };
-        run(&story).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let Some((machine, rest)) = Machine::read(&data) else { continue };
+        let acts = rest.as_chunks().0.iter().take(100).map(|record| decode::act(*record, machine.vcpus())).collect();
+        run(&Story { machine, acts }).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
 }

@@ -1,8 +1,9 @@
 //! All translations that the shadow offers a vCPU, each held to the model.
 
-use crate::referee::Referee;
-use crate::walk::{Access, Kind};
-use shadowkvm_core::cpu::Requests;
+use super::referee::Referee;
+use super::rules::{Access, Kind};
+use crate::world::Paging;
+use shadowkvm_core::cpu::{Requests, Top};
 use shadowkvm_core::engine::Vm;
 use shadowkvm_core::memory::Host;
 use shadowkvm_core::types::{Access as Rights, Gfn, Level, PageId};
@@ -20,7 +21,6 @@ fn leaves(vm: &Vm, id: PageId, level: u8, base: u64, found: &mut Vec<Leaf>) {
     for index in 0..512 {
         let spte = arena.spte(id.entry(index));
         let gva = base | (index as u64) << (12 + 9 * (level - 1));
-        let gva = if gva >> 47 & 1 == 1 { gva | 0xffff << 48 } else { gva };
         if spte.is_table(level) {
             leaves(vm, spte.child(), level - 1, gva, found);
         } else if spte.is_mmio() {
@@ -56,19 +56,50 @@ pub(crate) fn hole_was_taken(vm: &Vm) -> bool {
     })
 }
 
+/// Whether the shadow has nothing at all for an address, so that KVM must walk the guest's tables.
+pub(crate) fn has_nothing(vm: &Vm, vcpu: usize, gva: u64) -> bool {
+    let vcpu = &vm.vcpus()[vcpu];
+    let Some(mut table) = vcpu.root.table(shadowkvm_core::types::Gva(gva)) else { return false };
+    let arena = vm.shadow().arena();
+    if vcpu.requests != Requests::default() || arena[table].role.invalid() {
+        return false;
+    }
+    loop {
+        let level = arena[table].level().0;
+        let spte = arena.spte(table.entry((gva >> (12 + 9 * (level - 1))) as usize & 511));
+        if !spte.is_table(level) {
+            return !spte.present() && !spte.is_mmio();
+        }
+        table = spte.child();
+    }
+}
+
 /// Each translation in the current root of each vCPU was allowed at some time since the last flush that covers it.
 pub(crate) fn check(vm: &Vm, referee: &Referee) -> Result<(), String> {
     for vcpu in vm.vcpus() {
         let mut requests = vcpu.requests;
         requests.check(Requests::TLB_FLUSH);
-        let Some(root) = vcpu.root.page().filter(|_| requests == Requests::default()) else { continue };
-        let page = &vm.shadow().arena()[root];
-        if page.role.invalid() {
-            continue;
-        }
+        let roots = match vcpu.root.top {
+            _ if requests != Requests::default() => continue,
+            Top::None => continue,
+            Top::Page(id) => [Some(id), None, None, None],
+            Top::Pae(ids) => ids,
+        };
+        let mode = referee.tlbs[usize::from(vcpu.id)].mode();
+        let levels = match mode.paging {
+            Paging::Four => 4,
+            Paging::Five => 5,
+            _ => 2,
+        };
         let mut found = Vec::new();
-        leaves(vm, root, 4, 0, &mut found);
-        for leaf in &found {
+        for (i, id) in (0u64..).zip(roots) {
+            if let Some(id) = id.filter(|id| !vm.shadow().arena()[*id].role.invalid()) {
+                leaves(vm, id, levels, i << 30, &mut found);
+            }
+        }
+        for leaf in &mut found {
+            let bits = if mode.paging == Paging::Five { 57 } else { 48 };
+            leaf.gva = ((leaf.gva << (64 - bits)) as i64 >> (64 - bits)) as u64;
             check_leaf(vm, referee, usize::from(vcpu.id), leaf)?;
         }
     }

@@ -1,7 +1,8 @@
 //! What an operation touches: pages, kinds, bytes; and what of it the model leaves out.
 
+use super::memory::{A, D, Memory};
+use super::rules::{Access, Kind};
 use crate::decode::Act;
-use crate::walk::{A, Access, D, Kind, Memory};
 use crate::world::SITES;
 use shadowkvm_core::engine::Vm;
 use shadowkvm_core::fault::insn::{Action, Insn};
@@ -13,9 +14,9 @@ use shadowkvm_core::types::Gfn;
 pub(crate) struct Touch {
     pub(crate) access: Access,
     /// Bytes in this page.
-    bytes: u64,
+    pub(crate) bytes: u64,
     /// Where in the operand they begin.
-    from: u64,
+    pub(crate) from: u64,
     /// What a store stores; `None` if it is not a plain store.
     value: Option<u64>,
     pub(crate) rmw: bool,
@@ -45,7 +46,7 @@ impl Touch {
             old.unwrap_or(words[index])
         });
         // The operation's own walks may have set A and D there, after a store or before a load.
-        let care = !gather(&|_| A | D);
+        let care = !gather(&|_| (A | D) << 32 | A | D);
         let mask = if self.bytes >= 8 { !0 } else { (1 << (8 * self.bytes)) - 1 };
         let part = |value: u64| if self.from >= 8 { 0 } else { value >> (8 * self.from) & mask };
         match self.value {
@@ -56,19 +57,42 @@ impl Touch {
     }
 }
 
+/// What an instruction does that is no memory access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Control {
+    Cr0(u64),
+    Cr3(u64),
+    Cr4(u64),
+    Efer(u64),
+    Invlpg(u64),
+    Invpcid(u64),
+    /// An exit.
+    Plain,
+}
+
 /// All that an operation touches.
 pub(crate) struct Plan {
     pub(crate) vcpu: usize,
     pub(crate) touches: Vec<Touch>,
-    /// It is no memory access and may be refused.
-    pub(crate) control: bool,
+    pub(crate) control: Option<Control>,
+    /// An access of event delivery.
+    pub(crate) delivery: bool,
+    /// An access that the CPU makes by itself, with EFLAGS.AC set.
+    pub(crate) implicit_with_ac: bool,
     /// Guest memory that the host writes or drops.
     pub(crate) host_range: Option<(u64, u64)>,
 }
 
 impl Plan {
     pub(crate) fn of(vm: &Vm, act: &Act) -> Self {
-        let mut plan = Self { vcpu: 0, touches: Vec::new(), control: false, host_range: None };
+        let mut plan = Self {
+            vcpu: 0,
+            touches: Vec::new(),
+            control: None,
+            delivery: false,
+            implicit_with_ac: false,
+            host_range: None,
+        };
         match act {
             Act::Row(row) => {
                 plan.vcpu = usize::from(row.vcpu) % vm.vcpus().len();
@@ -79,9 +103,14 @@ impl Plan {
                 plan.add_insn(insn);
             }
             Act::HostPages(gpa, bytes, _) => plan.host_range = Some((*gpa, *bytes)),
-            Act::Sregs(vcpu, _) => plan.vcpu = *vcpu,
+            Act::Sregs(vcpu, _) | Act::Pkru(vcpu, _) => plan.vcpu = *vcpu,
+            Act::Invpcid(vcpu, kind, gva) => {
+                plan.vcpu = *vcpu;
+                plan.control = Some(Control::Invpcid(*kind));
+                plan.add(Access { gva: *gva, kind: Kind::Read, user: false, ac: false }, 16, |touch| touch);
+            }
             Act::Table(frame, _) => plan.host_range = Some((frame << 12, 4096)),
-            Act::Sweep(..) => {}
+            Act::Sweep(..) | Act::Switch(..) | Act::Toggle(..) | Act::Aim(_) => unreachable!("several operations"),
         }
         plan
     }
@@ -102,6 +131,7 @@ impl Plan {
     }
 
     fn add_insn(&mut self, insn: &Insn) {
+        self.delivery = insn.delivery;
         if let Some(rip) = insn.rip
             && !insn.delivery
         {
@@ -111,6 +141,7 @@ impl Plan {
         if insn.action == Action::Copy {
             self.add_insn(&Insn { rip: None, ..insn.loading() });
         }
+        self.implicit_with_ac = implicit && insn.ac;
         let kind = match insn.action {
             Action::Load => Kind::Read,
             Action::Store | Action::Copy | Action::Rmw(_) => Kind::Write,
@@ -135,7 +166,14 @@ impl Plan {
             OpCode::Fetch => Action::Fetch,
             op if (op as u8) < OpCode::Store as u8 => Action::Rmw(shadowkvm_core::fault::insn::RmwKind::Or),
             op if op as u8 <= OpCode::Io as u8 => {
-                self.control = true;
+                self.control = Some(match op {
+                    OpCode::Cr0 => Control::Cr0(row.value),
+                    OpCode::Cr3 => Control::Cr3(row.value),
+                    OpCode::Cr4 => Control::Cr4(row.value),
+                    OpCode::Efer => Control::Efer(row.value),
+                    OpCode::Invlpg => Control::Invlpg(row.addr),
+                    _ => Control::Plain,
+                });
                 if let Some(rip) = rip {
                     self.add_fetch(rip, false, 1);
                 }
@@ -177,6 +215,6 @@ pub(crate) fn outside(vm: &Vm, act: &Act) -> bool {
         // Of a store of 4 bytes KVM sees only the entry in which it begins.
         Act::Row(row) => row.op as u8 <= 9 && row.size == 4 && row.addr % 8 > 4,
         Act::Insn(_, insn) => insn.size == 4 && insn.gva.0 % 8 > 4,
-        Act::Sregs(..) | Act::Sweep(..) => false,
+        _ => false,
     }
 }
