@@ -69,7 +69,7 @@ Replay a recorded guest and see what shadow paging makes of it:
 
 Exit status: 0 fine, 1 the replay differs from what was recorded, 2 usage, 3 bad input file, 4 an invariant of the
 engine broke, 130 interrupted.""",
-    help_epilogue="docs/ in the repository explains the report (replay.md) and the recordings (recordings.md).",
+    help_epilogue="docs/ in the repository: reports (replay.md), recordings (recordings.md), workloads (workloads.md).",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
     version=lambda: f"shadowkvm {version('shadowkvm')} (model {MODEL_VERSION})",

@@ -52,7 +52,7 @@ def test_every_workload_runs_under_the_audit(name: str) -> None:
     ids=lambda options: "-".join(options.values()),
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_the_guest_sees_the_same_under_every_policy_and_kernel(name: str, options: dict[str, str]) -> None:
+def test_the_guest_sees_the_same_under_every_policy_and_kernel(name: str, options: dict[str, Any]) -> None:
     result = get(name).build(**SMALL).run(each=audit, **options)
     assert result.mismatches == 0
     assert result.policy == options.get("policy", "kvm")
