@@ -21,7 +21,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import compare, report, verify
+from shadowkvm import compare, report, verify, workload_verbs
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
@@ -62,12 +62,14 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm run guest.npz --policy no_unsync --format json -o no_unsync.json
     shadowkvm run guest.npz --events events.parquet
     shadowkvm compare guest.npz --policy kvm,no_unsync
+    shadowkvm workload list
+    shadowkvm workload run fork_exit --scale 0.5
     shadowkvm counters
     shadowkvm policy list
 
 Exit status: 0 fine, 1 the replay differs from what was recorded, 2 usage, 3 bad input file, 4 an invariant of the
 engine broke, 130 interrupted.""",
-    help_epilogue="docs/ in the repository explains the report (replay.md) and the recordings (recordings.md).",
+    help_epilogue="docs/ in the repository: reports (replay.md), recordings (recordings.md), workloads (workloads.md).",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
     version=lambda: f"shadowkvm {version('shadowkvm')} (model {MODEL_VERSION})",
@@ -78,6 +80,7 @@ app.command(trace_app)
 app.command(policy_app)
 verify.add_verbs(app)
 compare.add_verbs(app)
+workload_verbs.add_verbs(app)
 
 FormatOption = Annotated[
     Format | None,

@@ -22,7 +22,7 @@ from shadowkvm.faults import Access, Kind, Result
 from shadowkvm.ops import Op
 from shadowkvm.replay import Replay
 
-__all__ = ["RUN_SCHEMA", "Rate", "as_csv", "as_dict", "as_json", "as_tables", "rates", "table"]
+__all__ = ["RUN_SCHEMA", "Rate", "as_csv", "as_dict", "as_json", "as_tables", "rate_text", "rates", "table"]
 
 RUN_SCHEMA: Final = "shadowkvm.run/1"
 
@@ -214,7 +214,8 @@ def _number(value: int) -> str:
     return f"{value:,}" if value else "-"
 
 
-def _rate(value: float | None) -> str:
+def rate_text(value: float | None) -> str:
+    """A rate for people: three digits, or as many as are before the point."""
     if not value:
         return "-"
     return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
@@ -248,7 +249,7 @@ def _kind_table(replay: Replay) -> Table:
 def _rate_table(replay: Replay) -> Table:
     heads = ("", "total", "per 1,000 instr.", "per 1,000 rows", "per CR3 load")
     rows = [
-        [rate.label, _number(rate.total), *(_rate(value) for value in _per(replay, rate.total).values())]
+        [rate.label, _number(rate.total), *(rate_text(value) for value in _per(replay, rate.total).values())]
         for rate in rates(replay)
         # What never happened is not worth a line, unless it is what people look for.
         if rate.total or not rate.label.startswith("  ")
