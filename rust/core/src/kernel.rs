@@ -36,6 +36,11 @@ pub struct Kernel {
     pub notifier_changes_pte: bool,
     /// A MOV to CR0 that changes nothing but WP frees the roots even while paging is off (`kvm_post_set_cr0`).
     pub unpaged_wp_resets: bool,
+    /// With nx_huge_pages a region stays small where any table is linked. Without it only where a fault of an execution
+    /// linked the table (`disallowed_hugepage_adjust`).
+    pub nx_keeps_any_table: bool,
+    /// A huge page that is split for execution counts as a split while paging is off, too (`direct_map`).
+    pub nx_counts_unpaged: bool,
 }
 
 /// Linux 6.1, as Debian 12 has it.
@@ -50,6 +55,8 @@ pub const LINUX_6_1: Kernel = Kernel {
     lost_root_shuts_down: true,
     notifier_changes_pte: true,
     unpaged_wp_resets: true,
+    nx_keeps_any_table: true,
+    nx_counts_unpaged: false,
 };
 
 /// Linux 6.12, as Debian 12's backports and Debian 13 have it.
@@ -64,6 +71,8 @@ pub const LINUX_6_12: Kernel = Kernel {
     lost_root_shuts_down: false,
     notifier_changes_pte: false,
     unpaged_wp_resets: false,
+    nx_keeps_any_table: false,
+    nx_counts_unpaged: true,
 };
 
 /// Every kernel, oldest first.

@@ -157,7 +157,9 @@ impl Ctx<'_> {
     /// A huge page that was split for execution stays split where a table is linked already
     /// (`disallowed_hugepage_adjust`, 6.1).
     fn disallowed_hugepage_adjust(&self, pos: SptePos, goal: &mut Goal) {
-        if self.shadow.spte(pos).is_table(goal.level.0) {
+        let spte = self.shadow.spte(pos);
+        let any = self.shadow.config.kernel.nx_keeps_any_table;
+        if spte.is_table(goal.level.0) && (any || self.shadow.arena[spte.child()].nx_disallowed) {
             goal.level = goal.level.down();
         }
     }
@@ -178,8 +180,10 @@ impl Ctx<'_> {
         let (child, flush) = self.shadow.get_page(base, role, &self.vcpu.role);
         self.pay(flush);
         let child = self.link_if_new(pos, Some(child));
-        // With paging off the split is not counted (direct_map asks for is_tdp, 6.1).
-        let counts = self.vcpu.role.mode.has_tables() && goal.disallowed && goal.requested >= level;
+        self.shadow.arena[child].nx_disallowed |= goal.disallowed;
+        // With paging off 6.1 does not count the split (direct_map asks for is_tdp).
+        let in_mode = self.vcpu.role.mode.has_tables() || self.shadow.config.kernel.nx_counts_unpaged;
+        let counts = in_mode && goal.disallowed && goal.requested >= level;
         if counts && !self.shadow.arena[child].nx_split {
             self.shadow.arena[child].nx_split = true;
             self.shadow.counters.nx_lpage_splits += 1;

@@ -36,6 +36,8 @@ pub struct Page {
     pub generation: u8,
     /// It stands for a huge page that was split to keep it from being executed.
     pub nx_split: bool,
+    /// It was linked by a fault of an execution while huge pages must not be executed, counted as a split or not.
+    pub nx_disallowed: bool,
     /// Which entries have unsync pages below; bits are cleared lazily.
     pub unsync_bitmap: Bitmap,
     /// Which entries are not empty.
@@ -102,6 +104,7 @@ impl Arena {
             unsync: false,
             generation,
             nx_split: false,
+            nx_disallowed: false,
             unsync_bitmap: Bitmap::default(),
             used: Bitmap::default(),
             hash: [NONE; 2],
