@@ -75,8 +75,6 @@ pub(crate) struct Plan {
     pub(crate) vcpu: usize,
     pub(crate) touches: Vec<Touch>,
     pub(crate) control: Option<Control>,
-    /// An access of event delivery.
-    pub(crate) delivery: bool,
     /// An access that the CPU makes by itself, with EFLAGS.AC set.
     pub(crate) implicit_with_ac: bool,
     /// An access of event delivery.
@@ -93,7 +91,6 @@ impl Plan {
             control: None,
             delivery: false,
             implicit_with_ac: false,
-            delivery: false,
             host_range: None,
         };
         match act {
@@ -145,7 +142,6 @@ impl Plan {
             self.add_insn(&Insn { rip: None, ..insn.loading() });
         }
         self.implicit_with_ac = implicit && insn.ac;
-        self.delivery |= insn.delivery;
         let kind = match insn.action {
             Action::Load => Kind::Read,
             Action::Store | Action::Copy | Action::Rmw(_) => Kind::Write,
