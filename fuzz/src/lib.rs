@@ -21,7 +21,7 @@ pub fn run_model(data: &[u8], sweep_every: usize) -> Result<(), String> {
     let Some((machine, rest)) = world::Machine::read(data) else { return Ok(()) };
     let records = rest.as_chunks::<RECORD>().0.iter().take(MAX_RECORDS);
     let acts = records.map(|record| act(*record, machine.vcpus()));
-    model::run(&machine, acts, MAX_OPERATIONS, sweep_every, false)
+    model::run(machine, acts, MAX_OPERATIONS, sweep_every, false)
 }
 
 /// What is wrong with an input: a broken invariant, a panic, or, with `model`, a broken rule of the TLB.

@@ -133,13 +133,13 @@ impl Machine {
 
     /// How many vCPUs.
     #[must_use]
-    pub const fn vcpus(&self) -> usize {
+    pub const fn vcpus(self) -> usize {
         1 + (self.kind >> 1 & 3) as usize % 3
     }
 
     /// The CPU.
     #[must_use]
-    pub const fn cpu(&self) -> CpuFeatures {
+    pub const fn cpu(self) -> CpuFeatures {
         let mut cpu = if self.kind & 1 == 0 { ZEN } else { QEMU_TCG };
         let bits = self.more[1];
         // MMIO entries of the shadow are marked by bit 51, so KVM has none where addresses are longer.
@@ -155,13 +155,13 @@ impl Machine {
 
     /// Whether a frame does not begin as zeros.
     #[must_use]
-    pub const fn writes(&self, gfn: u64) -> bool {
+    pub const fn writes(self, gfn: u64) -> bool {
         gfn >= 1 && gfn <= TABLES
             || self.host & 0x80 != 0 && gfn >= PML5 && gfn <= DESCRIPTORS
             || self.host & 0x10 != 0 && gfn == SLOT1.0 >> 12
     }
 
-    fn registers(&self, vcpu: usize) -> Registers {
+    fn registers(self, vcpu: usize) -> Registers {
         let cpu = self.cpu();
         let mode = if vcpu == 0 { self.more[0] } else { self.more[0] >> 3 };
         let mode = match Paging::from_bits(mode) {
@@ -200,7 +200,7 @@ impl Machine {
 
     /// The VM.
     #[must_use]
-    pub fn build(&self) -> Vm {
+    pub fn build(self) -> Vm {
         let (kind, host) = (self.kind, self.host);
         let policy = builtin(POLICIES[usize::from(kind >> 3 & 7)]).expect("a policy that exists");
         let config = Config { cpu: self.cpu(), nx_huge_pages: kind & 0x40 != 0, ..Config::default() };

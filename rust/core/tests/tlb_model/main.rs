@@ -43,7 +43,7 @@ fn check(style: Style, cases: u32, salt: u8) {
 }
 
 fn run(story: &Story) -> Result<(), String> {
-    model::run(&story.machine, story.acts.iter().copied(), usize::MAX, SWEEP_EVERY, true)
+    model::run(story.machine, story.acts.iter().copied(), usize::MAX, SWEEP_EVERY, true)
 }
 
 const PLAIN: Style = Style { mode: None, switches: false, host: false, faulty: false };

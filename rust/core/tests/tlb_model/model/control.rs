@@ -140,7 +140,7 @@ impl State {
         let pcid = if self.regs.cr4 & CR4_PCIDE != 0 { 0xfff } else { 0 };
         let canonical = |gva: u64| {
             let top = if self.regs.cr4 & CR4_LA57 != 0 { 56 } else { 47 };
-            (gva as i64) >> top == 0 || (gva as i64) >> top == -1
+            gva.cast_signed() >> top == 0 || gva.cast_signed() >> top == -1
         };
         let illegal = kind > 3
             || descriptor[0] >> 12 != 0

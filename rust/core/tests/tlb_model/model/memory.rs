@@ -54,6 +54,7 @@ static ZEROS: [u64; 512] = [0; 512];
 #[derive(Default)]
 pub(crate) struct Memory {
     /// `Some(None)`: all zeros.
+    #[allow(clippy::option_option, reason = "no frame, a frame of zeros, a frame with contents")]
     frames: Vec<Option<Option<Box<[u64; 512]>>>>,
     past: BTreeMap<(u64, usize), Past>,
     /// Tables from this frame on may be read-only to the guest: nobody can set A and D there, and KVM does without.

@@ -21,7 +21,7 @@ use referee::Referee;
 /// # Errors
 /// Where the engine left the rules, and after which operation.
 pub(crate) fn run(
-    machine: &Machine,
+    machine: Machine,
     acts: impl Iterator<Item = Act>,
     operations: usize,
     sweep_every: usize,

@@ -51,7 +51,7 @@ pub(crate) struct Before {
 
 impl Referee {
     /// Knows the VM that this machine just built.
-    pub(crate) fn new(vm: &Vm, machine: &Machine) -> Self {
+    pub(crate) fn new(vm: &Vm, machine: Machine) -> Self {
         let cpu = machine.cpu();
         let mut memory = Memory::default();
         memory.unmarked = SLOT1.0 >> 12;

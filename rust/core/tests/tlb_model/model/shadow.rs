@@ -100,7 +100,7 @@ pub(crate) fn check(vm: &Vm, referee: &Referee) -> Result<(), String> {
         }
         for leaf in &mut found {
             let bits = if mode.paging == Paging::Five { 57 } else { 48 };
-            leaf.gva = ((leaf.gva << (64 - bits)) as i64 >> (64 - bits)) as u64;
+            leaf.gva = ((leaf.gva << (64 - bits)).cast_signed() >> (64 - bits)).cast_unsigned();
             check_leaf(vm, referee, usize::from(vcpu.id), leaf)?;
         }
     }

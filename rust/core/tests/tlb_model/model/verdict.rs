@@ -39,7 +39,7 @@ impl Referee {
             // Instructions that cannot be fetched.
             Status::InvalidOpcode | Status::InternalError => Ok(()),
             Status::Shutdown => self.check_shutdown(vm, before),
-            Status::Livelock => self.check_livelock(vm, before),
+            Status::Livelock => Self::check_livelock(vm, before),
         }
     }
 
@@ -61,7 +61,7 @@ impl Referee {
     /// hardware's error code does not tell KVM that AC does not count (`permission_fault`, 6.1); with CR0.WP off, a store
     /// to the read-only large page in which the instruction itself lies: what serves the one takes the direct page of the
     /// other away (`validate_direct_spte`, 6.1).
-    fn check_livelock(&self, vm: &Vm, before: &Before) -> Result<(), String> {
+    fn check_livelock(vm: &Vm, before: &Before) -> Result<(), String> {
         let touches = &before.plan.touches;
         let known = before.plan.delivery
             || before.plan.implicit_with_ac && before.mode.smap
