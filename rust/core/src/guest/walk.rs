@@ -132,8 +132,8 @@ fn descend(
         if memory.slot(table).is_none() {
             return Err(ErrorCode(0));
         }
-        let (state, entry) = memory.host.state_and_entry(table, mode.index(gva, level), mode.entry_bytes);
-        if state == HostState::Absent {
+        let (there, entry) = memory.host.present_and_entry(table, mode.index(gva, level), mode.entry_bytes);
+        if !there {
             // Reading an absent page brings in the shared zero page.
             memory.host.set_state(table, HostState::Zero);
         }

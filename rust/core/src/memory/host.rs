@@ -1,5 +1,6 @@
 //! The host's side of guest memory: contents and state of each page. Only pages that were written take room.
 
+use crate::memory::frames::Frames;
 use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
 
 /// What the host has behind a guest frame. It decides prefetch, writability and whether a write raises a notifier.
@@ -45,20 +46,14 @@ const PFN_BASE: u64 = 1 << 18;
 const SHARED: u64 = 1 << 38;
 
 type Page = [u64; ENTRIES];
-/// 512 regions: 1 GiB of guest frames.
-type Table = Box<[Option<Box<Region>>; ENTRIES]>;
 
-/// 512 frames: contents and states.
+/// All of the host's pages, by guest frame.
 #[derive(Clone, Debug)]
-struct Region {
-    pages: Box<[Option<Box<Page>>; ENTRIES]>,
-    state: [HostState; ENTRIES],
-}
-
-/// All of the host's pages, by guest frame: a directory of 1 GiB, tables of 2 MiB regions.
-#[derive(Clone, Debug, Default)]
 pub struct Host {
-    directory: Vec<Option<Table>>,
+    frames: Frames,
+    /// Contents; the first is the page of zeros, which stands for all that hold nothing.
+    pages: Vec<Page>,
+    free: Vec<u32>,
     /// Frames below this one begin writable, all others absent.
     populated: u64,
 }
@@ -70,7 +65,7 @@ impl Host {
     /// Memory of which the first `populated` frames are present and writable.
     #[must_use]
     pub fn new(populated: u64) -> Self {
-        Self { directory: Vec::new(), populated }
+        Self { frames: Frames::new(populated), pages: vec![[0; ENTRIES]], free: Vec::new(), populated }
     }
 
     /// Whether the frame is part of the memory that was there from the start.
@@ -104,47 +99,37 @@ impl Host {
         }
     }
 
-    #[inline]
-    fn region(&self, gfn: Gfn) -> Option<&Region> {
-        self.directory.get((gfn.0 >> 18) as usize)?.as_ref()?[(gfn.0 >> 9) as usize & (ENTRIES - 1)].as_deref()
-    }
-
-    fn region_mut(&mut self, gfn: Gfn) -> &mut Region {
-        let top = (gfn.0 >> 18) as usize;
-        if top >= self.directory.len() {
-            self.directory.resize(top + 1, None);
-        }
-        let table = self.directory[top].get_or_insert_with(|| Box::new([const { None }; ENTRIES]));
-        let populated = self.populated;
-        table[(gfn.0 >> 9) as usize & (ENTRIES - 1)].get_or_insert_with(|| {
-            let first = gfn.round(Level::PD).0;
-            let state = std::array::from_fn(|i| initial_state(first + i as u64, populated));
-            Box::new(Region { pages: Box::new([const { None }; ENTRIES]), state })
-        })
-    }
-
     /// The state of a frame's page.
     #[inline]
     #[must_use]
     pub fn state(&self, gfn: Gfn) -> HostState {
-        self.region(gfn).map_or_else(|| initial_state(gfn.0, self.populated), |r| r.state[index(gfn)])
+        self.frames.get(gfn).state()
+    }
+
+    /// Whether a frame has a page, whatever may be done with it.
+    #[inline]
+    #[must_use]
+    pub fn present(&self, gfn: Gfn) -> bool {
+        self.frames.get(gfn).present()
     }
 
     /// Sets the state of one frame's page; an absent or zero page loses its contents. A huge mapping of which a part
     /// changes is split.
     pub fn set_state(&mut self, gfn: Gfn, state: HostState) {
-        let old = self.state(gfn);
-        if old == state {
+        let old = self.frames.get(gfn);
+        if old.state() == state {
             return;
         }
-        if old.level() > state.level() {
-            self.split(gfn, old.level());
+        if old.state().level() > state.level() {
+            self.split(gfn, old.state().level());
         }
-        let region = self.region_mut(gfn);
-        region.state[index(gfn)] = state;
-        if matches!(state, HostState::Absent | HostState::Zero) {
-            region.pages[index(gfn)] = None;
+        let mut new = old.with_state(state);
+        if matches!(state, HostState::Absent | HostState::Zero) && old.page() != 0 {
+            self.pages[old.page() as usize] = [0; ENTRIES];
+            self.free.push(old.page());
+            new = new.with_page(0);
         }
+        self.frames.set(gfn, new);
     }
 
     /// Sets the state of a range of frames. Regions that are in it by nature are passed over.
@@ -152,9 +137,7 @@ impl Host {
         let (mut gfn, end) = (first.0, first.0 + pages);
         while gfn < end {
             let next = (gfn | (ENTRIES as u64 - 1)) + 1;
-            let natural = self.region(Gfn(gfn)).is_none()
-                && initial_state(gfn, self.populated) == state
-                && initial_state(next - 1, self.populated) == state;
+            let natural = self.frames.is_untouched(Gfn(gfn), state);
             if !natural {
                 for gfn in gfn..next.min(end) {
                     self.set_state(Gfn(gfn), state);
@@ -169,9 +152,8 @@ impl Host {
         let taken: Vec<_> = (0..pages)
             .map(|i| {
                 let gfn = Gfn(from.0 + i);
-                let page = self.page(gfn).copied();
-                let state = self.state(gfn);
-                (state, page)
+                let frame = self.frames.get(gfn);
+                (frame.state(), (frame.page() != 0).then(|| self.pages[frame.page() as usize]))
             })
             .collect();
         self.set_states(from, pages, HostState::Absent);
@@ -181,7 +163,7 @@ impl Host {
             self.set_state(gfn, HostState::Absent);
             self.set_state(gfn, small);
             if let Some(page) = page {
-                self.region_mut(gfn).pages[index(gfn)] = Some(Box::new(page));
+                *self.page_mut(gfn) = page;
             }
         }
     }
@@ -190,47 +172,64 @@ impl Host {
         let first = gfn.round(level);
         for i in 0..level.pages() {
             let gfn = Gfn(first.0 + i);
-            self.region_mut(gfn).state[index(gfn)] = HostState::Writable;
+            self.frames.set(gfn, self.frames.get(gfn).with_state(HostState::Writable));
         }
     }
 
     #[inline]
-    fn page(&self, gfn: Gfn) -> Option<&Page> {
-        self.region(gfn)?.pages[index(gfn)].as_deref()
+    fn page(&self, gfn: Gfn) -> &Page {
+        &self.pages[self.frames.get(gfn).page() as usize]
+    }
+
+    /// A frame's contents, to change them.
+    #[inline]
+    fn page_mut(&mut self, gfn: Gfn) -> &mut Page {
+        let mut at = self.frames.get(gfn).page();
+        if at == 0 {
+            at = self.new_page(gfn);
+        }
+        &mut self.pages[at as usize]
+    }
+
+    #[cold]
+    fn new_page(&mut self, gfn: Gfn) -> u32 {
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.pages.push([0; ENTRIES]);
+            self.pages.len() as u32 - 1
+        });
+        self.frames.set(gfn, self.frames.get(gfn).with_page(at));
+        at
     }
 
     /// The entry `index` of a table page with entries of 4 or 8 bytes.
     #[inline]
     #[must_use]
     pub fn entry(&self, gfn: Gfn, at: usize, bytes: u8) -> u64 {
-        self.page(gfn).map_or(0, |page| entry(page, at, bytes))
+        entry(self.page(gfn), at, bytes)
     }
 
     /// The 8 entries of the aligned group that holds entry `at`.
     #[inline]
     #[must_use]
     pub fn entry_group(&self, gfn: Gfn, at: usize, bytes: u8) -> [u64; 8] {
-        let first = at & !7;
-        self.page(gfn).map_or([0; 8], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
+        let (page, first) = (self.page(gfn), at & !7);
+        std::array::from_fn(|i| entry(page, first + i, bytes))
     }
 
-    /// The state of a table's page and its entry `at`, found in one look.
+    /// Whether a table's page is there, and its entry `at`, found in one look.
     #[inline]
     #[must_use]
-    pub fn state_and_entry(&self, gfn: Gfn, at: usize, bytes: u8) -> (HostState, u64) {
-        match self.region(gfn) {
-            Some(region) => {
-                (region.state[index(gfn)], region.pages[index(gfn)].as_ref().map_or(0, |page| entry(page, at, bytes)))
-            }
-            None => (initial_state(gfn.0, self.populated), 0),
-        }
+    pub fn present_and_entry(&self, gfn: Gfn, at: usize, bytes: u8) -> (bool, u64) {
+        let frame = self.frames.get(gfn);
+        (frame.present(), entry(&self.pages[frame.page() as usize], at, bytes))
     }
 
     /// 64 entries of a table page, from entry `first` on.
     #[inline]
     #[must_use]
     pub fn entries(&self, gfn: Gfn, first: usize, bytes: u8) -> [u64; 64] {
-        self.page(gfn).map_or([0; 64], |page| std::array::from_fn(|i| entry(page, first + i, bytes)))
+        let page = self.page(gfn);
+        std::array::from_fn(|i| entry(page, first + i, bytes))
     }
 
     /// Sets the entry `at` of a table page.
@@ -243,7 +242,7 @@ impl Host {
     #[inline]
     #[must_use]
     pub fn read(&self, gpa: Gpa, size: u8) -> u64 {
-        let Some(page) = self.page(gpa.gfn()) else { return 0 };
+        let page = self.page(gpa.gfn());
         let (word, shift) = (gpa.offset() as usize / 8, (gpa.0 & 7) * 8);
         let mut value = page[word] >> shift;
         if shift + u64::from(size) * 8 > 64 {
@@ -254,14 +253,16 @@ impl Host {
 
     /// Stores `size` (1 to 8) bytes that lie inside one page.
     pub fn write(&mut self, gpa: Gpa, size: u8, value: u64) {
-        let gfn = gpa.gfn();
-        let slot = &mut self.region_mut(gfn).pages[index(gfn)];
         let value = value & mask(size);
-        let page = match slot {
-            Some(page) => page,
-            None if value == 0 => return,
-            None => slot.insert(Box::new([0; ENTRIES])),
-        };
+        // Zeros that go where nothing is change nothing, and take no room.
+        let mut at = self.frames.get(gpa.gfn()).page();
+        if at == 0 {
+            if value == 0 {
+                return;
+            }
+            at = self.new_page(gpa.gfn());
+        }
+        let page = &mut self.pages[at as usize];
         let (word, shift) = (gpa.offset() as usize / 8, (gpa.0 & 7) * 8);
         page[word] = page[word] & !(mask(size) << shift) | value << shift;
         if shift + u64::from(size) * 8 > 64 {
@@ -309,8 +310,13 @@ impl Host {
     /// How many pages hold contents.
     #[must_use]
     pub fn resident_pages(&self) -> usize {
-        let regions = self.directory.iter().flatten().flat_map(|table| table.iter().flatten());
-        regions.map(|region| region.pages.iter().flatten().count()).sum()
+        self.pages.len() - 1 - self.free.len()
+    }
+
+    /// Bytes that the contents and the map of the frames take.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.pages.len() * size_of::<Page>() + self.frames.bytes()
     }
 }
 
@@ -318,15 +324,6 @@ impl Host {
 #[inline]
 const fn entry(page: &Page, at: usize, bytes: u8) -> u64 {
     if bytes == 8 { page[at] } else { page[at / 2] >> (32 * (at & 1)) & 0xffff_ffff }
-}
-
-#[inline]
-const fn index(gfn: Gfn) -> usize {
-    gfn.0 as usize & (ENTRIES - 1)
-}
-
-const fn initial_state(gfn: u64, populated: u64) -> HostState {
-    if gfn < populated { HostState::Writable } else { HostState::Absent }
 }
 
 #[inline]

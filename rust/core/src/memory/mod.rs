@@ -3,6 +3,7 @@
 //! The host's backing is one sparse space addressed by guest frame; a memslot is a window on it. So a slot that is
 //! deleted and added again shows the same contents, as with a hypervisor that keeps its mapping.
 
+mod frames;
 mod host;
 mod slot;
 

@@ -3,7 +3,7 @@
 use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
-use crate::memory::{HostState, Slot};
+use crate::memory::Slot;
 use crate::mode::Mode;
 use crate::shadow::make::Leaf;
 use crate::shadow::page::Bitmap;
@@ -15,7 +15,7 @@ use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
     pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize, bytes: u8) -> Option<Gpte> {
-        let readable = self.memory.slot(table).is_some() && self.memory.host.state(table) != HostState::Absent;
+        let readable = self.memory.slot(table).is_some() && self.memory.host.present(table);
         readable.then(|| Gpte(self.memory.host.entry(table, index, bytes)))
     }
 
