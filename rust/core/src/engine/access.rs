@@ -81,50 +81,56 @@ impl Vm {
 
 impl Ctx<'_> {
     pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
-        let mut at = *insn;
-        let mut device = None;
         if insn.delivery {
             self.vcpu.delivering = self.vcpu.delivering.or(self.vcpu.injected.map(|(vector, _)| vector));
         } else {
             // An instruction runs, so whatever was delivered has arrived.
             self.vcpu.injected = None;
         }
-        let outcome = self.run_until_done(&mut at, &mut device);
+        let outcome = self.run_until_done(insn);
         self.vcpu.delivering = None;
         outcome
     }
 
-    fn run_until_done(&mut self, insn: &mut Insn, device: &mut Option<u64>) -> Outcome {
-        let at = insn;
+    fn run_until_done(&mut self, insn: &Insn) -> Outcome {
+        let (mut done, mut device) = (0, None);
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
-        for _ in 0..MAX_RESUMES + 4 * (at.repeat - 1) {
+        for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
             if !self.enter() {
                 return Outcome::of(Status::Shutdown);
             }
-            match self.run_on_cpu(at) {
+            let (gva, code, operand) = match self.run_on_cpu(insn, &mut done) {
                 Ok(value) => {
                     return device
                         .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
                 }
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
-                Err(Trap::Fault { gva, code, operand }) => {
-                    let who = if operand { *at } else { fetch_of(at) };
-                    match self.handle_page_fault(&who, gva, code) {
-                        // After KVM's decoding the CPU comes to the INT itself again (a run shows the fetch).
-                        After::Resume if at.soft && !self.shadow.config.cpu.nrips => {
-                            if let Err(outcome) = self.fetch_insn(at.rip_or_zero(), at.user) {
-                                return outcome;
-                            }
-                        }
-                        After::Resume => {}
-                        // The emulator leaves RIP at a REP, even at one that it carried out to the end.
-                        After::Stored(elements, gpa) => {
-                            *at = at.element(elements);
-                            *device = device.or(gpa);
-                        }
-                        After::Finished(outcome) => return self.leave(outcome),
+                Err(Trap::Fault { gva, code, operand }) => (gva, code, operand),
+            };
+            let (rest, fetch);
+            let mut at = insn;
+            if done > 0 {
+                rest = insn.element(done);
+                at = &rest;
+            }
+            if !operand {
+                fetch = fetch_of(at);
+                at = &fetch;
+            }
+            match self.handle_page_fault(at, gva, code) {
+                // After KVM's decoding the CPU comes to the INT itself again (a run shows the fetch).
+                After::Resume if insn.soft && !self.shadow.config.cpu.nrips => {
+                    if let Err(outcome) = self.fetch_insn(insn.rip_or_zero(), insn.user) {
+                        return outcome;
                     }
                 }
+                After::Resume => {}
+                // The emulator leaves RIP at a REP, even at one that it carried out to the end.
+                After::Stored(elements, gpa) => {
+                    done += elements;
+                    device = device.or(gpa);
+                }
+                After::Finished(outcome) => return self.leave(outcome),
             }
         }
         Outcome::of(Status::Livelock)
@@ -146,9 +152,9 @@ impl Ctx<'_> {
         if outcome.status == Status::Done { Ok(()) } else { Err(outcome) }
     }
 
-    /// Runs an instruction; `insn` moves on past the elements that were carried out.
+    /// Runs an instruction from element `done` on, which moves on past the elements that were carried out.
     #[inline]
-    fn run_on_cpu(&mut self, insn: &mut Insn) -> Result<u64, Trap> {
+    fn run_on_cpu(&mut self, insn: &Insn, done: &mut u32) -> Result<u64, Trap> {
         if let Some(rip) = insn.rip
             && !insn.delivery
             && insn.action != Action::Fetch
@@ -159,10 +165,13 @@ impl Ctx<'_> {
                 self.access_page(next, AccessKind::Fetch, view, false)?;
             }
         }
+        if insn.repeat == 1 && *done == 0 {
+            return self.run_element(insn);
+        }
         let mut value = 0;
-        while insn.repeat > 0 {
-            value = self.run_element(insn)?;
-            *insn = insn.element(1);
+        while *done < insn.repeat {
+            value = self.run_element(&insn.element(*done))?;
+            *done += 1;
         }
         Ok(value)
     }
@@ -198,7 +207,9 @@ impl Ctx<'_> {
         if !self.vcpu.role.mode.takes(gva) {
             return Err(Trap::GeneralProtection);
         }
-        access(self.shadow, self.vcpu.root.table(gva), gva, kind, view).map_err(|code| Trap::Fault {
+        let root = self.vcpu.root.table(gva);
+        let table = root.map(|root| self.ways.begin(root, gva, self.shadow.memory.ways_epoch));
+        access(self.shadow, table, gva, kind, view).map_err(|code| Trap::Fault {
             gva,
             code,
             operand,

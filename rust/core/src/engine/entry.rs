@@ -85,6 +85,7 @@ impl Ctx<'_> {
     pub(crate) fn reset_context(&mut self) {
         let flush = self.shadow.free_all_roots(self.vcpu);
         self.pay(flush);
+        self.ways.clear();
         self.vcpu.role = CpuRole::of(&self.vcpu.regs, &self.shadow.config.cpu);
     }
 }

@@ -166,6 +166,7 @@ impl Vm {
         }
         self.pay_all(flush);
         self.shadow.memory.host.write_bytes(gpa, data);
+        self.shadow.memory.ways_epoch += 1;
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use crate::cpu::{Registers, Requests, Vcpu};
 use crate::error::{ConfigError, refuse};
 use crate::events::EventLog;
 use crate::fault::Ctx;
+use crate::fault::ways::Ways;
 use crate::memory::Memory;
 use crate::policy::Policy;
 use crate::shadow::{Flush, Shadow};
@@ -30,6 +31,8 @@ use crate::types::{Gpa, PAGE_SIZE};
 pub struct Vm {
     pub(crate) shadow: Shadow,
     pub(crate) vcpus: Vec<Vcpu>,
+    /// What each vCPU remembers.
+    ways: Vec<Ways>,
     /// Addresses of instructions, by the `site` of a trace's rows; entry 0 stands for "none".
     sites: Vec<u64>,
 }
@@ -53,8 +56,9 @@ impl Vm {
             return refuse!("vcpus {vcpus} must be 1 to {MAX_VCPUS}");
         }
         let shadow = Shadow::new(Memory::new(memory / PAGE_SIZE), config, policy, EventLog::new(events));
+        let ways = vec![Ways::default(); vcpus];
         let vcpus = (0..vcpus).map(|id| Vcpu::new(id as u8, &config.cpu)).collect();
-        let mut vm = Self { shadow, vcpus, sites: vec![0] };
+        let mut vm = Self { shadow, vcpus, ways, sites: vec![0] };
         vm.add_slot(0, Gpa(0), memory, false, false)?;
         Ok(vm)
     }
@@ -142,7 +146,8 @@ impl Vm {
     /// Runs `work` with one vCPU and the shadow, then hands the requests that it raised to the other vCPUs.
     #[inline]
     pub(crate) fn with<T>(&mut self, vcpu: usize, work: impl FnOnce(&mut Ctx<'_>) -> T) -> T {
-        let mut ctx = Ctx { shadow: &mut self.shadow, vcpu: &mut self.vcpus[vcpu], others: Requests::default() };
+        let (shadow, ways) = (&mut self.shadow, &mut self.ways[vcpu]);
+        let mut ctx = Ctx { shadow, vcpu: &mut self.vcpus[vcpu], ways, others: Requests::default() };
         let out = work(&mut ctx);
         let others = ctx.others;
         if others != Requests::default() {

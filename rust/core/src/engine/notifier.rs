@@ -19,6 +19,7 @@ impl Vm {
         let flush = self.shadow.unmap_range(first, pages);
         self.pay_all(flush);
         self.shadow.memory.host.set_states(first, pages, HostState::Absent);
+        self.shadow.memory.ways_epoch += 1;
         Ok(())
     }
 
@@ -38,6 +39,7 @@ impl Vm {
         let flush = self.shadow.unmap_range(first, size / PAGE_SIZE);
         self.pay_all(flush);
         self.shadow.memory.host.set_states(first, size / PAGE_SIZE, state);
+        self.shadow.memory.ways_epoch += 1;
         Ok(())
     }
 
@@ -54,6 +56,7 @@ impl Vm {
         self.shadow.page_replaced(gpa);
         self.pay_all(flush);
         self.shadow.memory.host.set_states(first, pages, HostState::Shared);
+        self.shadow.memory.ways_epoch += 1;
         Ok(())
     }
 

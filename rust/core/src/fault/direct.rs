@@ -2,10 +2,8 @@
 //! shadow consists of direct pages, and a write to a page that only the dirty log protects needs no lock.
 
 use crate::bits::{PT_NX, PT_W};
-use crate::config::PREFETCH;
 use crate::fault::Ctx;
 use crate::fault::page_fault::{Fault, Handled};
-use crate::guest::gpte::Gpte;
 use crate::memory::Slot;
 use crate::outcome::RetPf;
 use crate::shadow::spte::{MMU_WRITABLE, Spte, sptep};
@@ -48,7 +46,7 @@ impl Ctx<'_> {
         }
         match self.ready_to_map(&fault) {
             Some(other) => other,
-            None => Handled::Result(self.map((table, Level::PD), &fault, Access::ALL, &[Gpte(0); PREFETCH])),
+            None => Handled::Result(self.map((table, Level::PD), &fault, Access::ALL, Gfn(0))),
         }
     }
 

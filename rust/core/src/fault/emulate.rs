@@ -227,6 +227,7 @@ impl Ctx<'_> {
         self.host_makes_writable(gpa.gfn());
         if !insn.keep {
             self.shadow.memory.host.write_wide(gpa, size, value);
+            self.shadow.memory.ways_epoch += 1;
         }
         self.shadow.memory.mark_dirty(gpa.gfn());
         let flush = self.shadow.pte_write(gpa, size, self.vcpu.regs.cr4 & CR4_PAE != 0);

@@ -6,6 +6,7 @@ use crate::fault::page_fault::Fault;
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::GuestWalk;
 use crate::memory::Host;
+use crate::mode::Mode;
 use crate::outcome::RetPf;
 use crate::role::Role;
 use crate::shadow::make::Leaf;
@@ -26,19 +27,27 @@ impl Ctx<'_> {
     /// Links tables down to the leaf of the guest's walk, then direct ones below a large guest page, and makes the
     /// leaf. `Retry` if a guest entry changed in the meantime.
     pub(crate) fn fetch(&mut self, fault: &mut Fault, walk: &GuestWalk, root: PageId) -> RetPf {
-        let mut group = [Gpte(0); PREFETCH];
+        if walk.level == Level::PT
+            && let Some(way) = self.ways.find(root, fault.gva, self.shadow.memory.ways_epoch)
+        {
+            // All links are there, and no write was counted since they were last used.
+            return self.map((way.table, Level::PT), fault, walk.pte_access, walk.steps[0].table);
+        }
         let top = self.vcpu.role.mode.top;
-        if self.gpte_changed(fault, walk, top, &mut group) {
+        if self.gpte_changed(fault, walk, top) {
             return RetPf::Retry;
         }
         let mut id = root;
         for level in (walk.level.0 + 1..=top.0).rev() {
-            match self.descend_indirect(id, Level(level), fault, walk, &mut group) {
+            match self.descend_indirect(id, Level(level), fault, walk) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
             }
         }
-        self.map((id, walk.level), fault, walk.pte_access, &group)
+        if walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top) {
+            self.ways.remember(root, fault.gva, self.shadow.memory.ways_epoch, id, walk);
+        }
+        self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }
 
     /// Makes the leaf of a fault below a table: direct pages down to the size that it gets, then the entry, then its
@@ -48,7 +57,7 @@ impl Ctx<'_> {
         (mut id, mut level): (PageId, Level),
         fault: &Fault,
         access: Access,
-        group: &[Gpte; PREFETCH],
+        table: Gfn,
     ) -> RetPf {
         let mut goal = self.hugepage_adjust(fault);
         let pfn = fault.pfn.map(|pfn| pfn.0);
@@ -78,22 +87,21 @@ impl Ctx<'_> {
         self.pay(flush);
         self.vcpu.counters.pf_mmio_spte_created += u64::from(leaf.pfn.is_none());
         if result != RetPf::Spurious {
-            self.prefetch_around(pos, group);
+            self.prefetch_around(pos, table);
         }
         result
     }
 
-    /// Reads the guest's entry of a level again; at level 1 the whole group of 8, which prefetch uses
-    /// (`FNAME(gpte_changed)`, 6.1).
-    fn gpte_changed(&mut self, fault: &Fault, walk: &GuestWalk, level: Level, group: &mut [Gpte; PREFETCH]) -> bool {
-        let at = usize::from(level.0) - 1;
-        let mode = self.vcpu.role.mode;
-        let (table, index) = (walk.tables[at], mode.index(fault.gva, level));
-        let Some(now) = self.shadow.read_gpte_atomic(table, index, mode.entry_bytes) else { return true };
-        if level == Level::PT {
-            *group = self.shadow.memory.host.entry_group(table, index, mode.entry_bytes).map(Gpte);
+    /// Whether the guest's entry of a level is another than the walk read (`FNAME(gpte_changed)`, 6.1). Only the walk's
+    /// own A and D bits can do that here, since nothing else writes guest memory between the walk and this.
+    #[inline]
+    fn gpte_changed(&self, fault: &Fault, walk: &GuestWalk, level: Level) -> bool {
+        walk.wrote && {
+            let step = &walk.steps[usize::from(level.0) - 1];
+            let mode = self.vcpu.role.mode;
+            let now = self.shadow.read_gpte_atomic(step.table, mode.index(fault.gva, level), mode.entry_bytes);
+            now != Some(step.pte)
         }
-        now != walk.ptes[at]
     }
 
     /// One step down a guest table: finds or makes the page below and links it. `None`: the guest's entry changed.
@@ -103,15 +111,14 @@ impl Ctx<'_> {
         level: Level,
         fault: &Fault,
         walk: &GuestWalk,
-        group: &mut [Gpte; PREFETCH],
     ) -> Option<PageId> {
         self.shadow.arena[id].flood = 0;
         let pos = id.entry(fault.gva.index(level));
-        let below = usize::from(level.0) - 2;
-        let role = self.shadow.arena[id].role.child(pos.index(), false, walk.pt_access[below]);
-        let gfn = walk.tables[below];
+        let below = &walk.steps[usize::from(level.0) - 2];
+        let role = self.shadow.arena[id].role.child(pos.index(), false, below.access);
+        let gfn = below.table;
         let new = (!self.shadow.is_linked(pos, gfn, role)).then(|| self.find_child(gfn, role));
-        if self.gpte_changed(fault, walk, level.down(), group) {
+        if self.gpte_changed(fault, walk, level.down()) {
             return None;
         }
         Some(self.link_if_new(pos, new))
@@ -192,7 +199,7 @@ impl Ctx<'_> {
     }
 
     /// Fills the neighbours of a faulting entry (`FNAME(pte_prefetch)`, 6.1).
-    fn prefetch_around(&mut self, pos: SptePos, group: &[Gpte; PREFETCH]) {
+    fn prefetch_around(&mut self, pos: SptePos, table: Gfn) {
         let id = pos.page();
         if self.shadow.arena[id].level() > Level::PT {
             return;
@@ -206,12 +213,15 @@ impl Ctx<'_> {
             self.prefetch_direct(id, first, pos.index());
             return;
         }
-        for (i, gpte) in group.iter().enumerate() {
+        let bytes = self.vcpu.role.mode.entry_bytes;
+        let quadrant = self.shadow.arena[id].role.quadrant();
+        let group = self.shadow.memory.host.entry_group(table, Mode::gpte_index(quadrant, first), bytes);
+        for (i, gpte) in group.into_iter().enumerate() {
             let at = id.entry(first + i);
             if at == pos || self.shadow.spte(at).present() {
                 continue;
             }
-            let (go_on, flush) = self.shadow.prefetch_gpte(at, *gpte, &self.vcpu.role, true);
+            let (go_on, flush) = self.shadow.prefetch_gpte(at, Gpte(gpte), &self.vcpu.role, true);
             self.pay(flush);
             if !go_on {
                 return;

@@ -8,6 +8,7 @@ pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
 pub mod retry;
+pub(crate) mod ways;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
 use crate::cpu::{Requests, Vcpu};
@@ -19,6 +20,7 @@ use crate::outcome::{Outcome, Status};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{ErrorCode, Gfn, Gpa, Gva};
 use insn::Insn;
+use ways::Ways;
 
 /// The vectors of #DF and #PF.
 pub(crate) const DOUBLE_FAULT: u8 = 8;
@@ -60,6 +62,8 @@ pub struct Ctx<'a> {
     pub shadow: &'a mut Shadow,
     /// The vCPU's half.
     pub vcpu: &'a mut Vcpu,
+    /// The ways that the vCPU remembers.
+    pub(crate) ways: &'a mut Ways,
     /// Requests that go to all other vCPUs.
     pub others: Requests,
 }
@@ -81,13 +85,26 @@ impl Ctx<'_> {
 
     /// A guest walk as the vCPU would make it.
     pub(crate) fn walk(&mut self, gva: Gva, access: ErrorCode, ac: bool) -> Result<GuestWalk, GuestFault> {
-        let vcpu = &*self.vcpu;
-        if !vcpu.role.mode.has_tables() {
+        if !self.vcpu.role.mode.has_tables() {
             return Ok(GuestWalk::flat(gva));
         }
+        let mut walk = GuestWalk::start();
+        self.walk_tables(gva, access, ac, &mut walk).map(|()| walk)
+    }
+
+    /// The same where paging is on, from where `walk` stands; what it finds goes there, too.
+    #[inline]
+    pub(crate) fn walk_tables(
+        &mut self,
+        gva: Gva,
+        access: ErrorCode,
+        ac: bool,
+        walk: &mut GuestWalk,
+    ) -> Result<(), GuestFault> {
+        let vcpu = &*self.vcpu;
         let cr3 = vcpu.regs.cr3 & PT_ADDR;
         let walker = Walker { role: &vcpu.role, cr3, pdptes: &vcpu.pdptes, ac, pkru: vcpu.pkru };
-        walk_addr(&mut self.shadow.memory, &mut self.shadow.events, &walker, gva, access)
+        walk_addr(&mut self.shadow.memory, &mut self.shadow.events, &walker, (gva, access), walk)
     }
 
     /// What the CPU's own walk obeys for this instruction.

@@ -117,11 +117,13 @@ impl Ctx<'_> {
     }
 
     fn page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode, write_to_table: &mut bool) -> Handled {
-        let walk = match self.walk(gva, code, insn.ac) {
-            Ok(walk) => walk,
-            Err(fault) => return Handled::Guest(fault),
-        };
-        let Some(root) = self.vcpu.root.table(gva) else { return Handled::Result(RetPf::Retry) };
+        let root = self.vcpu.root.table(gva);
+        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow.memory.ways_epoch));
+        let mut walk = way.map_or(GuestWalk::start(), |way| way.walk);
+        if let Err(fault) = self.walk_tables(gva, code, insn.ac, &mut walk) {
+            return Handled::Guest(fault);
+        }
+        let Some(root) = root else { return Handled::Result(RetPf::Retry) };
         let (write, user) = (code.has(ErrorCode::W), code.has(ErrorCode::U));
         if write && code.has(ErrorCode::P) && self.shadow.write_tracked(walk.gfn) {
             self.shadow.clear_flood_path(root, gva);
@@ -150,7 +152,7 @@ impl Ctx<'_> {
         if fault.pfn.is_none() {
             self.cache_mmio(gva, fault.gfn, walk.pte_access.and(Access::W.with(Access::U)));
         }
-        let walk = self.emulate_cr0_wp(&fault, walk);
+        self.emulate_cr0_wp(&fault, &mut walk);
         match self.ready_to_map(&fault) {
             Some(other) => other,
             None => Handled::Result(self.fetch(&mut fault, &walk, root)),
@@ -182,7 +184,7 @@ impl Ctx<'_> {
         }
         let mut self_changing = false;
         for level in walk.level.0..=self.vcpu.role.mode.top.0 {
-            let table = walk.tables[usize::from(level) - 1];
+            let table = walk.steps[usize::from(level) - 1].table;
             self_changing |= walk.gfn.round(walk.level) == table.round(walk.level);
             *write_to_table |= walk.gfn == table;
         }
@@ -192,7 +194,7 @@ impl Ctx<'_> {
     /// Whether the target is one of the tables of its own walk; the root's is not looked at (`FNAME(fetch)`, 6.12).
     fn is_table_of(&self, walk: &GuestWalk) -> bool {
         let levels = usize::from(walk.level.0)..usize::from(self.vcpu.role.mode.top.0);
-        levels.into_iter().any(|level| walk.tables[level - 1] == walk.gfn)
+        levels.into_iter().any(|level| walk.steps[level - 1].table == walk.gfn)
     }
 
     /// Finds the host page (`kvm_faultin_pfn`, 6.1). `false`: a write to a read-only slot, to be emulated.
@@ -215,7 +217,7 @@ impl Ctx<'_> {
 
     /// The CPU runs the guest with CR0.WP set; a guest without it may write read-only pages in supervisor mode, so
     /// such a page becomes a writable page of the supervisor's own.
-    fn emulate_cr0_wp(&self, fault: &Fault, mut walk: GuestWalk) -> GuestWalk {
+    fn emulate_cr0_wp(&self, fault: &Fault, walk: &mut GuestWalk) {
         let role = &self.vcpu.role;
         if fault.write && !walk.pte_access.has(Access::W) && !role.wp && !fault.user && fault.pfn.is_some() {
             walk.pte_access = walk.pte_access.with(Access::W).without(Access::U);
@@ -223,6 +225,5 @@ impl Ctx<'_> {
                 walk.pte_access = walk.pte_access.without(Access::X);
             }
         }
-        walk
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::bits::{PT_A, PT_D};
 use crate::cpu::CpuRole;
-use crate::events::EventLog;
+use crate::events::{EventKind, EventLog};
 use crate::guest::gpte::Gpte;
 use crate::guest::permission::{key_fault, permission_fault};
 use crate::memory::{HostState, Memory};
@@ -36,21 +36,30 @@ impl Walker<'_> {
     }
 }
 
-/// What a walk found. Arrays are indexed by level - 1.
+/// What a walk met at one level.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The frame of the table.
+    pub table: Gfn,
+    /// The entry, after its A and D bits were set.
+    pub pte: Gpte,
+    /// The rights that the levels above grant.
+    pub access: Access,
+}
+
+/// What a walk found.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestWalk {
     /// The leaf's level.
     pub level: Level,
     /// The frame of the address (inside a large page: of its 4 KiB part).
     pub gfn: Gfn,
-    /// The entries, after their A and D bits were set.
-    pub ptes: [Gpte; 5],
-    /// The frames of the tables.
-    pub tables: [Gfn; 5],
-    /// The rights that the levels above grant.
-    pub pt_access: [Access; 5],
+    /// What stands at each level, by level - 1.
+    pub steps: [Step; 5],
     /// The rights of the whole walk, without W while the page is clean.
     pub pte_access: Access,
+    /// A and D bits were written, so that an entry may have changed since it was read (a table that maps itself).
+    pub wrote: bool,
 }
 
 impl GuestWalk {
@@ -58,18 +67,26 @@ impl GuestWalk {
     /// (`nonpaging_gva_to_gpa`, 6.1).
     #[must_use]
     pub const fn flat(gva: Gva) -> Self {
-        Self { gfn: Gfn(gva.0 >> 12), ..Self::start(Level::PT) }
+        Self { level: Level::PT, gfn: Gfn(gva.0 >> 12), ..Self::start() }
     }
 
-    const fn start(level: Level) -> Self {
-        Self {
-            level,
-            gfn: Gfn(0),
-            ptes: [Gpte(0); 5],
-            tables: [Gfn(0); 5],
-            pt_access: [Access::ALL; 5],
-            pte_access: Access::ALL,
-        }
+    /// A walk that has not begun.
+    #[inline]
+    #[must_use]
+    pub const fn start() -> Self {
+        let step = Step { table: Gfn(0), pte: Gpte(0), access: Access::ALL };
+        Self { level: Level(0), gfn: Gfn(0), steps: [step; 5], pte_access: Access::ALL, wrote: false }
+    }
+
+    /// Whether every entry above the last level has A (one in a read-only slot never gets it).
+    #[must_use]
+    pub fn tables_are_accessed(&self, top: Level) -> bool {
+        self.steps[1..usize::from(top.0)].iter().all(|step| step.pte.accessed())
+    }
+
+    /// Whether the walk has come to its last-level table already.
+    const fn is_under_way(&self) -> bool {
+        self.level.0 > 0
     }
 }
 
@@ -82,7 +99,8 @@ pub struct GuestFault {
     pub code: ErrorCode,
 }
 
-/// Walks the guest's tables for an access of the kind in `access`, sets A and D bits, and raises the walk's events.
+/// Walks the guest's tables for an access of the kind in `access`, sets A and D bits, and raises the walk's events. What
+/// it found goes to `walk`, which may be one that has come to the last-level table already.
 ///
 /// # Errors
 /// The fault that the guest gets.
@@ -90,46 +108,69 @@ pub fn walk_addr(
     memory: &mut Memory,
     events: &mut EventLog,
     walker: &Walker<'_>,
-    gva: Gva,
-    access: ErrorCode,
-) -> Result<GuestWalk, GuestFault> {
+    (gva, access): (Gva, ErrorCode),
+    walk: &mut GuestWalk,
+) -> Result<(), GuestFault> {
     events.pagetable_walk(gva, access);
+    if walk.is_under_way() && events.wants(EventKind::PagingElement) {
+        for level in (2..=walker.role.mode.top.0).rev() {
+            events.paging_element(walk.steps[usize::from(level) - 1].pte.0, level);
+        }
+    }
     loop {
-        let walked = descend(memory, events, walker, gva, access);
-        let mut walk = match walked {
-            Ok(walk) => walk,
+        match descend(memory, events, walker, (gva, access), walk) {
+            Ok(marked) if marked.has_all(access) => return Ok(()),
+            Ok(_) if update_accessed_dirty(memory, events, walker.role, (gva, access), walk) => return Ok(()),
+            Ok(_) => walk.level = Level(0),
             Err(base) => {
-                let mut code = base.with(ErrorCode(access.0 & (ErrorCode::W.0 | ErrorCode::U.0)));
-                if access.has(ErrorCode::F) && (walker.role.nx || walker.role.smep) {
-                    code = code.with(ErrorCode::F);
-                }
+                let code = fault_code(walker.role, base, access);
                 events.walker_error(code);
                 return Err(GuestFault { address: gva, code });
             }
-        };
-        if update_accessed_dirty(memory, events, walker.role, gva, access, &mut walk) {
-            return Ok(walk);
         }
     }
 }
 
+/// The whole code of a fault of which P and RSVD are known.
+fn fault_code(role: &CpuRole, base: ErrorCode, access: ErrorCode) -> ErrorCode {
+    let fetch = access.has(ErrorCode::F) && (role.nx || role.smep);
+    base.with(ErrorCode(access.0 & (ErrorCode::W.0 | ErrorCode::U.0))).with(ErrorCode::F.when(fetch))
+}
+
+/// The marks that a walk found: A if every entry has it, D if the leaf has it.
+#[derive(Clone, Copy)]
+struct Marks(u64);
+
+impl Marks {
+    /// Whether the access leaves nothing to be set.
+    #[inline]
+    const fn has_all(self, access: ErrorCode) -> bool {
+        let wanted = if access.has(ErrorCode::W) { PT_A | PT_D } else { PT_A };
+        self.0 & wanted == wanted
+    }
+}
+
 /// One way down. The error holds the code's P and RSVD bits only.
+#[inline]
 fn descend(
     memory: &mut Memory,
     events: &mut EventLog,
     walker: &Walker<'_>,
-    gva: Gva,
-    access: ErrorCode,
-) -> Result<GuestWalk, ErrorCode> {
+    (gva, access): (Gva, ErrorCode),
+    walk: &mut GuestWalk,
+) -> Result<Marks, ErrorCode> {
     let (role, mode) = (walker.role, walker.role.mode);
-    let mut walk = GuestWalk::start(mode.top);
-    let Some(mut table) = walker.top_table(events, gva) else { return Err(ErrorCode(0)) };
-    let mut granted = Access::ALL;
-    let mut level = mode.top;
+    let (mut table, mut granted, mut level);
+    if walk.is_under_way() {
+        (table, granted, level) = (walk.steps[0].table, walk.steps[0].access, Level::PT);
+    } else {
+        let Some(top) = walker.top_table(events, gva) else { return Err(ErrorCode(0)) };
+        (table, granted, level) = (top, Access::ALL, mode.top);
+    }
+    let mut marks = !0;
+    walk.wrote = false;
     let leaf = loop {
-        let at = usize::from(level.0) - 1;
-        walk.pt_access[at] = granted;
-        if memory.slot(table).is_none() {
+        if !memory.has_slot(table) {
             return Err(ErrorCode(0));
         }
         let (there, entry) = memory.host.present_and_entry(table, mode.index(gva, level), mode.entry_bytes);
@@ -139,7 +180,7 @@ fn descend(
         }
         let pte = Gpte(entry);
         events.paging_element(pte.0, level.0);
-        (walk.tables[at], walk.ptes[at]) = (table, pte);
+        walk.steps[usize::from(level.0) - 1] = Step { table, pte, access: granted };
         if !pte.present() {
             return Err(ErrorCode(0));
         }
@@ -147,6 +188,7 @@ fn descend(
             return Err(ErrorCode::P.with(ErrorCode::RSVD));
         }
         granted = granted.and(pte.access());
+        marks &= pte.0 | PT_D;
         if pte.is_leaf(role, level) {
             break pte;
         }
@@ -160,26 +202,25 @@ fn descend(
     walk.level = level;
     walk.gfn = Gfn(leaf.leaf_gfn(mode, level).0 + ((gva.0 >> 12) & (mode.pages(level) - 1)));
     walk.pte_access = if access.has(ErrorCode::W) { granted } else { leaf.protect_clean(granted) };
-    Ok(walk)
+    Ok(Marks(marks & (leaf.0 | !PT_D)))
 }
 
 /// Sets A in every entry of the walk and D in the leaf of a write, from the top down (`update_accessed_dirty_bits`,
 /// 6.1). It is the host's write: it zaps nothing, whatever the table is. Returns `false` if an entry changed in between
 /// (a table that maps itself), so that the walk must be made again.
+#[cold]
 fn update_accessed_dirty(
     memory: &mut Memory,
     events: &mut EventLog,
     role: &CpuRole,
-    gva: Gva,
-    access: ErrorCode,
+    (gva, access): (Gva, ErrorCode),
     walk: &mut GuestWalk,
 ) -> bool {
     let write = access.has(ErrorCode::W);
     let (mode, bytes) = (role.mode, role.mode.entry_bytes);
     for level in (walk.level.0..=mode.top.0).rev() {
-        let at = usize::from(level) - 1;
-        let (table, index) = (walk.tables[at], mode.index(gva, Level(level)));
-        let (old, mut new) = (walk.ptes[at], walk.ptes[at].0);
+        let Step { table, pte: old, .. } = walk.steps[usize::from(level) - 1];
+        let (index, mut new) = (mode.index(gva, Level(level)), old.0);
         let gpa = Gpa(table.gpa().0 + u64::from(bytes) * index as u64);
         if !old.accessed() {
             events.set_accessed_bit(gpa);
@@ -196,12 +237,15 @@ fn update_accessed_dirty(
         if slot.readonly {
             continue;
         }
+        let tracked = slot.track(table) > 0;
         if memory.host.entry(table, index, bytes) != old.0 {
             return false;
         }
         memory.host.set_entry(table, index, bytes, new);
         memory.mark_dirty(table);
-        walk.ptes[at] = Gpte(new);
+        memory.ways_epoch += u64::from(tracked);
+        walk.steps[usize::from(level) - 1].pte = Gpte(new);
+        walk.wrote = true;
     }
     true
 }
@@ -225,7 +269,8 @@ mod tests {
         let mut events = EventLog::new(EventLog::EVERYTHING);
         let role = CpuRole::of(&Registers::default(), &ZEN);
         let walker = Walker { role: &role, cr3: 0x1000, pdptes: &[0; 4], ac: false, pkru: 0 };
-        let found = walk_addr(memory, &mut events, &walker, Gva(gva), access);
+        let mut walk = GuestWalk::start();
+        let found = walk_addr(memory, &mut events, &walker, (Gva(gva), access), &mut walk).map(|()| walk);
         (found, events.take().iter().map(ToString::to_string).collect())
     }
 

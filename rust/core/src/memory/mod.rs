@@ -33,13 +33,16 @@ pub struct Memory {
     last: usize,
     /// The memslot generation, without the in-progress flag (no guest runs while a slot changes here).
     pub generation: u64,
+    /// Moves with every change that may change the way through the tables to an address: of a slot, of contents by
+    /// anybody but the guest's CPU, and, by the shadow's hand, of a link between shadow tables.
+    pub ways_epoch: u64,
 }
 
 impl Memory {
     /// No slots; the first `pages` frames are present and writable in the host.
     #[must_use]
     pub fn new(pages: u64) -> Self {
-        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0 }
+        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0, ways_epoch: 0 }
     }
 
     /// The slots, in the order of their base.
@@ -56,6 +59,13 @@ impl Memory {
             Some(slot) if slot.holds(gfn) => Some(slot),
             _ => self.slots.iter().find(|slot| slot.holds(gfn)),
         }
+    }
+
+    /// Whether a frame lies in a slot.
+    #[inline]
+    #[must_use]
+    pub fn has_slot(&self, gfn: Gfn) -> bool {
+        self.slot(gfn).is_some()
     }
 
     /// The slot that holds a frame, to change it.
@@ -102,6 +112,7 @@ impl Memory {
         self.check_place(id, gpa, size, maxphyaddr)?;
         self.insert(Slot::new(id, gpa.gfn(), size / PAGE_SIZE, readonly));
         self.generation += ADDRESS_SPACES;
+        self.ways_epoch += 1;
         Ok(())
     }
 
@@ -149,6 +160,7 @@ impl Memory {
         self.host.move_pages(old.base, base, old.pages);
         self.insert(old.moved(base));
         self.generation += ADDRESS_SPACES;
+        self.ways_epoch += 1;
     }
 
     /// Takes the slot away; the generation moves on.
@@ -156,6 +168,7 @@ impl Memory {
         self.slots.retain(|slot| slot.id != id);
         self.last = 0;
         self.generation += ADDRESS_SPACES;
+        self.ways_epoch += 1;
     }
 
     /// Whether a write to the frame must be noted, and notes it (`mark_page_dirty`, 6.1).

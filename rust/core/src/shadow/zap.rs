@@ -21,6 +21,7 @@ impl Shadow {
         let child = self.spte(pos).child();
         self.lists.remove(&mut self.arena[child].parents, pos);
         self.arena.set_spte(pos, Spte::EMPTY);
+        self.memory.ways_epoch += 1;
     }
 
     /// Empties one entry (`mmu_page_zap_pte`, 6.1); whether it was present.
@@ -51,6 +52,7 @@ impl Shadow {
             self.zap_entry(id.entry(index));
         }
         debug_assert!(self.arena[id].used == Bitmap::default());
+        self.memory.ways_epoch += 1;
         let mut parents = std::mem::take(&mut self.arena[id].parents);
         for pos in self.lists.take(&mut parents) {
             self.arena.set_spte(pos, Spte::EMPTY);

@@ -1,0 +1,66 @@
+//! Remembered ways: the part of a fault's way that the last fault nearby has gone already.
+//!
+//! While nothing moves [`Memory::ways_epoch`](crate::memory::Memory), the upper tables of an address stay what they were:
+//! the guest's are write-tracked as long as the shadow links them, so that no store reaches them unseen, and every
+//! change of a link, of a slot, or of memory by anybody but the CPU moves the epoch. So a fault can begin its walks at
+//! the last-level table. It is no part of KVM and changes nothing but the time that a fault takes.
+
+use crate::guest::walk::GuestWalk;
+use crate::types::{Gva, PageId};
+
+/// How many ways a vCPU remembers: one for each 2 MiB region, by its number.
+const WAYS: usize = 64;
+/// Address bits of a last-level shadow table.
+const REGION_SHIFT: u32 = 21;
+
+/// The way to one last-level table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Way {
+    region: u64,
+    root: PageId,
+    epoch: u64,
+    /// The shadow table.
+    pub table: PageId,
+    /// The guest's walk down to its last-level table; every entry on it has A.
+    pub walk: GuestWalk,
+}
+
+/// The ways that one vCPU remembers.
+#[derive(Clone, Debug)]
+pub(crate) struct Ways {
+    ways: Vec<Option<Way>>,
+}
+
+impl Default for Ways {
+    fn default() -> Self {
+        Self { ways: vec![None; WAYS] }
+    }
+}
+
+impl Ways {
+    /// The way to the last-level table of an address below `root`, if it is remembered and still true.
+    #[inline]
+    pub(crate) fn find(&self, root: PageId, gva: Gva, epoch: u64) -> Option<&Way> {
+        let region = gva.0 >> REGION_SHIFT;
+        let way = self.ways[region as usize % WAYS].as_ref()?;
+        (way.region == region && way.root == root && way.epoch == epoch).then_some(way)
+    }
+
+    /// The shadow table at which a walk for an address below `root` may begin: the last one, or the root.
+    #[inline]
+    pub(crate) fn begin(&self, root: PageId, gva: Gva, epoch: u64) -> PageId {
+        self.find(root, gva, epoch).map_or(root, |way| way.table)
+    }
+
+    /// Remembers a way that a fault has gone to its end: `walk` is the guest's, `table` the shadow table that holds the
+    /// leaf.
+    pub(crate) fn remember(&mut self, root: PageId, gva: Gva, epoch: u64, table: PageId, walk: &GuestWalk) {
+        let region = gva.0 >> REGION_SHIFT;
+        self.ways[region as usize % WAYS] = Some(Way { region, root, epoch, table, walk: *walk });
+    }
+
+    /// Forgets everything: walks obey other rules now.
+    pub(crate) fn clear(&mut self) {
+        self.ways.fill(None);
+    }
+}
