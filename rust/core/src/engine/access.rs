@@ -80,26 +80,40 @@ impl Vm {
 }
 
 impl Ctx<'_> {
+    #[inline]
     pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
+        if insn.is_plain() {
+            self.vcpu.injected = None;
+            return self.run_until_done::<true>(insn);
+        }
+        self.run_any(insn)
+    }
+
+    #[inline(never)]
+    fn run_any(&mut self, insn: &Insn) -> Outcome {
         if insn.delivery {
             self.vcpu.delivering = self.vcpu.delivering.or(self.vcpu.injected.map(|(vector, _)| vector));
         } else {
             // An instruction runs, so whatever was delivered has arrived.
             self.vcpu.injected = None;
         }
-        let outcome = self.run_until_done(insn);
+        let outcome = self.run_until_done::<false>(insn);
         self.vcpu.delivering = None;
         outcome
     }
 
-    fn run_until_done(&mut self, insn: &Insn) -> Outcome {
+    /// Runs an instruction, exits and all, until the CPU has done it or something else ends it. There is a version of
+    /// its own for plain ones, which most are, so that they do not pay for what others need.
+    #[inline]
+    fn run_until_done<const PLAIN: bool>(&mut self, insn: &Insn) -> Outcome {
         let (mut done, mut device) = (0, None);
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
-        for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
+        for _ in 0..MAX_RESUMES + if PLAIN { 0 } else { 4 * (insn.repeat - 1) } {
             if !self.enter() {
                 return Outcome::of(Status::Shutdown);
             }
-            let (gva, code, operand) = match self.run_on_cpu(insn, &mut done) {
+            let ran = if PLAIN { self.run_plain(insn) } else { self.run_on_cpu(insn, &mut done) };
+            let (gva, code, operand) = match ran {
                 Ok(value) => {
                     return device
                         .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
@@ -107,19 +121,14 @@ impl Ctx<'_> {
                 Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
                 Err(Trap::Fault { gva, code, operand }) => (gva, code, operand),
             };
-            let (rest, fetch);
-            let mut at = insn;
-            if done > 0 {
-                rest = insn.element(done);
-                at = &rest;
-            }
-            if !operand {
-                fetch = fetch_of(at);
-                at = &fetch;
-            }
-            match self.handle_page_fault(at, gva, code) {
+            let after = if PLAIN {
+                self.handle_page_fault(insn, gva, code)
+            } else {
+                self.handle_fault_of(insn, done, gva, code, operand)
+            };
+            match after {
                 // After KVM's decoding the CPU comes to the INT itself again (a run shows the fetch).
-                After::Resume if insn.soft && !self.shadow.config.cpu.nrips => {
+                After::Resume if !PLAIN && insn.soft && !self.shadow.config.cpu.nrips => {
                     if let Err(outcome) = self.fetch_insn(insn.rip_or_zero(), insn.user) {
                         return outcome;
                     }
@@ -134,6 +143,31 @@ impl Ctx<'_> {
             }
         }
         Outcome::of(Status::Livelock)
+    }
+
+    /// Handles the fault of an instruction of which `done` elements were carried out, or of its own fetch.
+    fn handle_fault_of(&mut self, insn: &Insn, done: u32, gva: Gva, code: ErrorCode, operand: bool) -> After {
+        let rest = insn.element(done);
+        let who = if operand { rest } else { fetch_of(&rest) };
+        self.handle_page_fault(&who, gva, code)
+    }
+
+    /// Runs an instruction that is one access to one page.
+    #[inline]
+    fn run_plain(&mut self, insn: &Insn) -> Result<u64, Trap> {
+        let load = insn.action == Action::Load;
+        let kind = if load { AccessKind::Read } else { AccessKind::Write };
+        let frame = self.access_page(insn.gva, kind, self.cpu_view(insn), true)?;
+        // `None` is the zero page; a writable entry never maps it.
+        let Some(gfn) = frame else { return Ok(0) };
+        let (gpa, host) = (Gpa(gfn.gpa().0 | insn.gva.offset()), &mut self.shadow.memory.host);
+        if load {
+            return Ok(host.read(gpa, insn.size));
+        }
+        if !insn.keep {
+            host.write(gpa, insn.size, insn.value);
+        }
+        Ok(0)
     }
 
     /// KVM enters the guest again before anything else happens, so requests are served within the operation.
@@ -164,9 +198,6 @@ impl Ctx<'_> {
             if let Some(next) = insn.second_page(Gva(rip)) {
                 self.access_page(next, AccessKind::Fetch, view, false)?;
             }
-        }
-        if insn.repeat == 1 && *done == 0 {
-            return self.run_element(insn);
         }
         let mut value = 0;
         while *done < insn.repeat {
@@ -209,11 +240,7 @@ impl Ctx<'_> {
         }
         let root = self.vcpu.root.table(gva);
         let table = root.map(|root| self.ways.begin(root, gva, self.shadow.memory.ways_epoch));
-        access(self.shadow, table, gva, kind, view).map_err(|code| Trap::Fault {
-            gva,
-            code,
-            operand,
-        })
+        access(self.shadow, table, gva, kind, view).map_err(|code| Trap::Fault { gva, code, operand })
     }
 
     /// The load, store, or both: every page is there and allows it. `None` is the zero page.

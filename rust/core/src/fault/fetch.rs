@@ -105,13 +105,7 @@ impl Ctx<'_> {
     }
 
     /// One step down a guest table: finds or makes the page below and links it. `None`: the guest's entry changed.
-    fn descend_indirect(
-        &mut self,
-        id: PageId,
-        level: Level,
-        fault: &Fault,
-        walk: &GuestWalk,
-    ) -> Option<PageId> {
+    fn descend_indirect(&mut self, id: PageId, level: Level, fault: &Fault, walk: &GuestWalk) -> Option<PageId> {
         self.shadow.arena[id].flood = 0;
         let pos = id.entry(fault.gva.index(level));
         let below = &walk.steps[usize::from(level.0) - 2];
