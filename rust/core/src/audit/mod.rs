@@ -10,6 +10,7 @@ mod pages;
 #[cfg(test)]
 mod tests;
 mod translations;
+mod ways;
 
 use crate::cpu::Vcpu;
 use crate::engine::Vm;
@@ -55,6 +56,8 @@ impl Vm {
     ///   an MMIO entry made by a fault, and those are counted. So as many last-level leaves as there were
     ///   `pf_mmio_spte_created` may break this rule; one more is an error.
     ///
+    /// * Remembered ways (`fault::ways`): those that still hold lead through the tables as they are.
+    ///
     /// # Errors
     /// All that is wrong, a sentence each.
     pub fn audit(&self) -> Result<(), InvariantError> {
@@ -68,6 +71,9 @@ impl Vm {
         audit.check_rmaps();
         audit.check_leaves();
         audit.check_counts();
+        for (vcpu, ways) in self.vcpus.iter().zip(&self.ways) {
+            audit.check_ways(vcpu, ways);
+        }
         audit.finish()
     }
 

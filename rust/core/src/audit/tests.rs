@@ -112,8 +112,8 @@ fn broken_counts_are_found() {
     finds(|vm| vm.shadow.counters.nx_lpage_splits += 1, "nx_lpage_splits: 0 are there");
     finds(|vm| vm.shadow.used_pages -= 1, "used pages: 5 are there, 4 are counted");
     finds(|vm| vm.shadow.indirect_pages += 1, "pages with gptes: 5 are there");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().track_mut(Gfn(3)) = 0, "write-track count is 0");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(9)).unwrap().track_mut(Gfn(9)) = 1, "write-track count is 1");
+    finds(|vm| vm.shadow.memory.slot_mut(Gfn(3)).unwrap().frame_mut(Gfn(3)).track = 0, "write-track count is 0");
+    finds(|vm| vm.shadow.memory.slot_mut(Gfn(9)).unwrap().frame_mut(Gfn(9)).track = 1, "write-track count is 1");
     finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().disallow_mut(Gfn(3)).0 = 4, "noted are 4 and 5");
     finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().disallow_mut(Gfn(3)).1 = 0, "noted are 5 and 0");
 }
@@ -148,10 +148,16 @@ fn as_many_leaves_may_inherit_w_as_mmio_entries_were_made() {
 }
 
 #[test]
+fn a_remembered_way_that_is_no_more_is_found() {
+    finds(|vm| vm.shadow.memory.host.write(Gpa(0x3000), 8, 0x5067), "remembers a way to 0x0 that is no more");
+    finds(|vm| vm.shadow.arena[TABLE].gfn = Gfn(9), "remembers a way to 0x0 that is no more");
+}
+
+#[test]
 fn translations_that_the_guest_took_back_are_found() {
     let stale = |gpa: u64, value: u64| {
         let mut vm = guest();
-        vm.shadow.memory.host.write(Gpa(gpa), 8, value);
+        vm.write_memory(Gpa(gpa), &value.to_le_bytes()).unwrap();
         assert_eq!(vm.audit(), Ok(()), "the shadow by itself is whole");
         vm.audit_translations().map_err(|error| error.0.join("\n"))
     };

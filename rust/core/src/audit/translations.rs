@@ -1,7 +1,6 @@
 //! The shadow against the guest's tables as they are now.
 
 use super::{Audit, may_grant};
-use crate::bits::PT_NX;
 use crate::cpu::{CpuRole, Vcpu};
 use crate::guest::gpte::Gpte;
 use crate::role::Role;
@@ -32,7 +31,7 @@ impl Audit<'_> {
         let gpte = Gpte(self.shadow.memory.host.entry(page.gfn, guest_index(page.role, index), bytes));
         let reads = |vcpu: &&Vcpu| vcpu.role.mode.has_tables() && vcpu.role.mode.entry_bytes == bytes;
         // A page of a mode that no vCPU is in now stays, but nobody says which bits its guest's entries have.
-        let Some(role) = self.vcpus.iter().find(reads).map(|vcpu| with_nx(vcpu.role)) else { return };
+        let Some(role) = self.vcpus.iter().find(reads).map(|vcpu| vcpu.role.with_nx()) else { return };
         if !gpte.present() || gpte.has_reserved(&role, level) {
             self.report(format!("{} stands for {:#x}, which maps nothing", self.entry_name(pos), gpte.0));
             return;
@@ -90,11 +89,6 @@ impl Audit<'_> {
             )
         });
     }
-}
-
-/// The rules of a walk with EFER.NX on.
-fn with_nx(role: CpuRole) -> CpuRole {
-    CpuRole { nx: true, reserved: role.reserved.map(|pair| pair.map(|bits| bits & !PT_NX)), ..role }
 }
 
 /// The guest entry that entry `index` of a shadow page stands for.

@@ -1,13 +1,13 @@
 //! Running one instruction with a memory operand: the CPU's accesses, its exits, and running it again.
 
 use crate::config::MAX_RESUMES;
-use crate::cpu::Requests;
+use crate::cpu::{CpuView, Requests};
 use crate::engine::Vm;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx};
-use crate::hw::walk::{CpuView, access};
+use crate::hw::walk::{access, access_entry};
 use crate::outcome::{Outcome, Status};
-use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva};
+use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId};
 
 /// Why the CPU did not finish an instruction.
 #[derive(Clone, Copy)]
@@ -61,9 +61,8 @@ impl Vm {
         if !plainly || offset + u64::from(plain.size) > 4096 {
             return None;
         }
-        let smap = role.smap && !plain.ac;
-        let view = CpuView { user: plain.user, smep: role.smep, smap, rsvd_sets_p: true, key0: 0 };
-        let frame = access(&mut self.shadow, table, plain.gva, plain.kind, view).ok()?;
+        let view = CpuView { user: plain.user, smap_holds: !plain.ac, rsvd_sets_p: true, key0: 0 };
+        let frame = access(&mut self.shadow, role, table, plain.gva, (plain.kind, view)).ok()?;
         cpu.counters.x_ops += 1;
         cpu.injected = None;
         self.shadow.events.op += 1;
@@ -157,7 +156,10 @@ impl Ctx<'_> {
     fn run_plain(&mut self, insn: &Insn) -> Result<u64, Trap> {
         let load = insn.action == Action::Load;
         let kind = if load { AccessKind::Read } else { AccessKind::Write };
-        let frame = self.access_page(insn.gva, kind, self.cpu_view(insn), true)?;
+        let frame = match self.vcpu.root.page() {
+            Some(root) => self.access_near(root, insn.gva, kind, self.cpu_view(insn)),
+            None => self.access_page(insn.gva, kind, self.cpu_view(insn), true),
+        }?;
         // `None` is the zero page; a writable entry never maps it.
         let Some(gfn) = frame else { return Ok(0) };
         let (gpa, host) = (Gpa(gfn.gpa().0 | insn.gva.offset()), &mut self.shadow.memory.host);
@@ -238,9 +240,27 @@ impl Ctx<'_> {
         if !self.vcpu.role.mode.takes(gva) {
             return Err(Trap::GeneralProtection);
         }
-        let root = self.vcpu.root.table(gva);
-        let table = root.map(|root| self.ways.begin(root, gva, self.shadow.memory.ways_epoch));
-        access(self.shadow, table, gva, kind, view).map_err(|code| Trap::Fault { gva, code, operand })
+        let table = self.vcpu.root.table(gva);
+        access(self.shadow, &self.vcpu.role, table, gva, (kind, view)).map_err(|code| Trap::Fault {
+            gva,
+            code,
+            operand,
+        })
+    }
+
+    /// The same for an operand, by the way that the last fault nearby has gone, if there is one.
+    #[inline]
+    fn access_near(&mut self, root: PageId, gva: Gva, kind: AccessKind, view: CpuView) -> Result<Option<Gfn>, Trap> {
+        let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else {
+            return self.access_page(gva, kind, view, true);
+        };
+        // A region that has a way has canonical addresses only.
+        let end = (way.table.entry(gva.index(Level::PT)), Level::PT);
+        access_entry(self.shadow, &self.vcpu.role, end, gva, (kind, view)).map_err(|code| Trap::Fault {
+            gva,
+            code,
+            operand: true,
+        })
     }
 
     /// The load, store, or both: every page is there and allows it. `None` is the zero page.

@@ -32,7 +32,7 @@ pub struct Vm {
     pub(crate) shadow: Shadow,
     pub(crate) vcpus: Vec<Vcpu>,
     /// What each vCPU remembers.
-    ways: Vec<Ways>,
+    pub(crate) ways: Vec<Ways>,
     /// Addresses of instructions, by the `site` of a trace's rows; entry 0 stands for "none".
     sites: Vec<u64>,
 }

@@ -131,6 +131,13 @@ impl EventLog {
         self.mask & (1 << kind as u32) != 0
     }
 
+    /// Whether any kind is recorded.
+    #[inline]
+    #[must_use]
+    pub const fn wants_any(&self) -> bool {
+        self.mask != 0
+    }
+
     /// What was recorded so far.
     #[must_use]
     pub fn records(&self) -> &[Event] {

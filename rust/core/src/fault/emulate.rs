@@ -1,9 +1,9 @@
 //! The instruction emulator, as far as the shadow MMU can see it (`x86_emulate_instruction`, 6.1).
 
 use crate::bits::CR4_PAE;
+use crate::cpu::permission_fault;
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx, Stop};
-use crate::guest::permission::permission_fault;
 use crate::guest::walk::GuestFault;
 use crate::outcome::{Outcome, Status};
 use crate::types::{ErrorCode, Gpa, Gva};

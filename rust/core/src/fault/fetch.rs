@@ -193,7 +193,7 @@ impl Ctx<'_> {
     }
 
     /// Fills the neighbours of a faulting entry (`FNAME(pte_prefetch)`, 6.1).
-    fn prefetch_around(&mut self, pos: SptePos, table: Gfn) {
+    pub(crate) fn prefetch_around(&mut self, pos: SptePos, table: Gfn) {
         let id = pos.page();
         if self.shadow.arena[id].level() > Level::PT {
             return;

@@ -7,13 +7,13 @@ pub mod insn;
 pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
+mod quick;
 pub mod retry;
 pub(crate) mod ways;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
-use crate::cpu::{Requests, Vcpu};
+use crate::cpu::{CpuView, Requests, Vcpu};
 use crate::guest::walk::{GuestFault, GuestWalk, Walker, walk_addr};
-use crate::hw::walk::CpuView;
 use crate::memory::HostState;
 use crate::mode::{LEVEL4, LEVEL5};
 use crate::outcome::{Outcome, Status};
@@ -112,8 +112,7 @@ impl Ctx<'_> {
         let user = insn.user && !insn.implicit();
         CpuView {
             user,
-            smep: self.vcpu.role.smep,
-            smap: self.vcpu.role.smap && (insn.implicit() || !insn.ac),
+            smap_holds: insn.implicit() || !insn.ac,
             key0: if self.vcpu.role.pke { self.vcpu.pkru & 3 } else { 0 },
             rsvd_sets_p: self.shadow.config.cpu.rsvd_sets_p,
         }

@@ -54,8 +54,12 @@ impl Ctx<'_> {
         }
         self.vcpu.counters.pf_taken += 1;
         let mut write_to_table = false;
+        let plain = !code.has(ErrorCode::RSVD) && !self.shadow.events.wants_any();
+        let quick = if plain { self.quick_fault(insn, gva, code, &mut write_to_table) } else { None };
         let direct = !self.vcpu.role.mode.has_tables();
-        let handled = if direct {
+        let handled = if let Some(result) = quick {
+            Handled::Result(result)
+        } else if direct {
             self.direct_page_fault(gva, code)
         } else {
             self.page_fault(insn, gva, code.without(ErrorCode::RSVD), &mut write_to_table)
@@ -132,7 +136,7 @@ impl Ctx<'_> {
         let self_changing = if self.shadow.config.kernel.self_mapping_is_small {
             self.is_self_change_mapping(&walk, user, write_to_table)
         } else {
-            *write_to_table = write && self.is_table_of(&walk);
+            *write_to_table = write && self.writes_own_table(&walk);
             false
         };
         let mut fault = Fault {
@@ -182,19 +186,18 @@ impl Ctx<'_> {
         if !walk.pte_access.has(Access::W) && (self.vcpu.role.wp || user) {
             return false;
         }
-        let mut self_changing = false;
-        for level in walk.level.0..=self.vcpu.role.mode.top.0 {
-            let table = walk.steps[usize::from(level) - 1].table;
-            self_changing |= walk.gfn.round(walk.level) == table.round(walk.level);
-            *write_to_table |= walk.gfn == table;
-        }
-        self_changing
+        *write_to_table = self.writes_own_table(walk);
+        let tables = &walk.steps[usize::from(walk.level.0) - 1..usize::from(self.vcpu.role.mode.top.0)];
+        tables.iter().any(|step| walk.gfn.round(walk.level) == step.table.round(walk.level))
     }
 
-    /// Whether the target is one of the tables of its own walk; the root's is not looked at (`FNAME(fetch)`, 6.12).
-    fn is_table_of(&self, walk: &GuestWalk) -> bool {
-        let levels = usize::from(walk.level.0)..usize::from(self.vcpu.role.mode.top.0);
-        levels.into_iter().any(|level| walk.steps[level - 1].table == walk.gfn)
+    /// Whether the target is one of the tables of its own walk (`is_self_change_mapping`, 6.1); 6.12 does not look at the
+    /// root's (`FNAME(fetch)`).
+    pub(crate) fn writes_own_table(&self, walk: &GuestWalk) -> bool {
+        let root_counts = self.shadow.config.kernel.self_mapping_is_small;
+        let top = usize::from(self.vcpu.role.mode.top.0) - usize::from(!root_counts);
+        let tables = walk.steps.get(usize::from(walk.level.0) - 1..top).unwrap_or_default();
+        tables.iter().any(|step| step.table == walk.gfn)
     }
 
     /// Finds the host page (`kvm_faultin_pfn`, 6.1). `false`: a write to a read-only slot, to be emulated.

@@ -17,7 +17,8 @@ const REGION_SHIFT: u32 = 21;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Way {
     region: u64,
-    root: PageId,
+    /// The root that it begins at.
+    pub root: PageId,
     epoch: u64,
     /// The shadow table.
     pub table: PageId,
@@ -25,15 +26,24 @@ pub(crate) struct Way {
     pub walk: GuestWalk,
 }
 
+impl Way {
+    /// The first address of its region.
+    pub(crate) const fn first_address(&self) -> Gva {
+        Gva(self.region << REGION_SHIFT)
+    }
+}
+
 /// The ways that one vCPU remembers.
 #[derive(Clone, Debug)]
 pub(crate) struct Ways {
-    ways: Vec<Option<Way>>,
+    ways: Box<[Way; WAYS]>,
 }
 
 impl Default for Ways {
     fn default() -> Self {
-        Self { ways: vec![None; WAYS] }
+        // The epoch of memory is never 0.
+        let none = Way { region: 0, root: PageId(0), epoch: 0, table: PageId(0), walk: GuestWalk::start() };
+        Self { ways: Box::new([none; WAYS]) }
     }
 }
 
@@ -42,25 +52,24 @@ impl Ways {
     #[inline]
     pub(crate) fn find(&self, root: PageId, gva: Gva, epoch: u64) -> Option<&Way> {
         let region = gva.0 >> REGION_SHIFT;
-        let way = self.ways[region as usize % WAYS].as_ref()?;
+        let way = &self.ways[region as usize % WAYS];
         (way.region == region && way.root == root && way.epoch == epoch).then_some(way)
     }
 
-    /// The shadow table at which a walk for an address below `root` may begin: the last one, or the root.
-    #[inline]
-    pub(crate) fn begin(&self, root: PageId, gva: Gva, epoch: u64) -> PageId {
-        self.find(root, gva, epoch).map_or(root, |way| way.table)
+    /// All that are still true.
+    pub(crate) fn all(&self, epoch: u64) -> impl Iterator<Item = &Way> {
+        self.ways.iter().filter(move |way| way.epoch == epoch)
     }
 
     /// Remembers a way that a fault has gone to its end: `walk` is the guest's, `table` the shadow table that holds the
     /// leaf.
     pub(crate) fn remember(&mut self, root: PageId, gva: Gva, epoch: u64, table: PageId, walk: &GuestWalk) {
         let region = gva.0 >> REGION_SHIFT;
-        self.ways[region as usize % WAYS] = Some(Way { region, root, epoch, table, walk: *walk });
+        self.ways[region as usize % WAYS] = Way { region, root, epoch, table, walk: *walk };
     }
 
     /// Forgets everything: walks obey other rules now.
     pub(crate) fn clear(&mut self) {
-        self.ways.fill(None);
+        *self = Self::default();
     }
 }

@@ -1,5 +1,4 @@
 //! The guest's own page tables: their entries, their rights, and the walk through them.
 
 pub mod gpte;
-pub mod permission;
 pub mod walk;

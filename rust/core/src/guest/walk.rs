@@ -1,10 +1,9 @@
 //! The walk through the guest's tables (`walk_addr_generic`, 6.1).
 
 use crate::bits::{PT_A, PT_D};
-use crate::cpu::CpuRole;
+use crate::cpu::{CpuRole, key_fault, permission_fault};
 use crate::events::{EventKind, EventLog};
 use crate::guest::gpte::Gpte;
-use crate::guest::permission::{key_fault, permission_fault};
 use crate::memory::{HostState, Memory};
 use crate::types::{Access, ErrorCode, Gfn, Gpa, Gva, Level};
 

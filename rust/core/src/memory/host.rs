@@ -213,6 +213,9 @@ impl Host {
     #[must_use]
     pub fn entry_group(&self, gfn: Gfn, at: usize, bytes: u8) -> [u64; 8] {
         let (page, first) = (self.page(gfn), at & !7);
+        if bytes == 8 {
+            return std::array::from_fn(|i| page[(first & (ENTRIES - 8)) + i]);
+        }
         std::array::from_fn(|i| entry(page, first + i, bytes))
     }
 

@@ -42,7 +42,7 @@ impl Memory {
     /// No slots; the first `pages` frames are present and writable in the host.
     #[must_use]
     pub fn new(pages: u64) -> Self {
-        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0, ways_epoch: 0 }
+        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0, ways_epoch: 1 }
     }
 
     /// The slots, in the order of their base.

@@ -2,17 +2,33 @@
 
 use crate::types::{ENTRIES, Gfn, Level, RmapHead};
 
+/// The bookkeeping of one frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SlotFrame {
+    /// Leaf entries of level 1 that map it.
+    pub rmap: RmapHead,
+    /// How many shadow pages of an upper level shadow it.
+    pub track: u16,
+    /// How many shadow pages of any level do.
+    pub tables: u16,
+}
+
 /// The bookkeeping of 512 frames, made when the first of them needs it.
 #[derive(Clone, Debug)]
 pub struct SlotRegion {
-    /// Leaf entries of level 1 that map each frame.
-    pub rmap: [RmapHead; ENTRIES],
-    /// How many shadow pages of an upper level shadow each frame.
-    pub track: [u16; ENTRIES],
+    /// Of each frame.
+    pub frames: [SlotFrame; ENTRIES],
     /// Leaf entries of level 2 that map the region.
     pub rmap_2m: RmapHead,
     /// How many shadow pages forbid a 2 MiB leaf here.
     pub disallow_2m: u32,
+}
+
+impl SlotRegion {
+    #[cold]
+    fn empty() -> Box<Self> {
+        Box::new(Self { frames: [SlotFrame::default(); ENTRIES], rmap_2m: RmapHead::default(), disallow_2m: 0 })
+    }
 }
 
 /// One memslot.
@@ -78,16 +94,10 @@ impl Slot {
         self.regions[self.region_index(gfn)].as_deref()
     }
 
+    #[inline]
     fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
         let at = self.region_index(gfn);
-        self.regions[at].get_or_insert_with(|| {
-            Box::new(SlotRegion {
-                rmap: [RmapHead::default(); ENTRIES],
-                track: [0; ENTRIES],
-                rmap_2m: RmapHead::default(),
-                disallow_2m: 0,
-            })
-        })
+        self.regions[at].get_or_insert_with(SlotRegion::empty)
     }
 
     /// The list of leaf entries of `level` that map the frame.
@@ -95,7 +105,7 @@ impl Slot {
     #[must_use]
     pub fn rmap(&self, gfn: Gfn, level: Level) -> RmapHead {
         match level.0 {
-            1 => self.region(gfn).map_or_else(RmapHead::default, |r| r.rmap[gfn.0 as usize & (ENTRIES - 1)]),
+            1 => self.region(gfn).map_or_else(RmapHead::default, |r| r.frames[frame_index(gfn)].rmap),
             2 => self.region(gfn).map_or_else(RmapHead::default, |r| r.rmap_2m),
             _ => self.giant[self.giant_index(gfn)].0,
         }
@@ -105,7 +115,7 @@ impl Slot {
     #[inline]
     pub fn rmap_mut(&mut self, gfn: Gfn, level: Level) -> &mut RmapHead {
         match level.0 {
-            1 => &mut self.region_mut(gfn).rmap[gfn.0 as usize & (ENTRIES - 1)],
+            1 => &mut self.frame_mut(gfn).rmap,
             2 => &mut self.region_mut(gfn).rmap_2m,
             _ => {
                 let at = self.giant_index(gfn);
@@ -118,12 +128,13 @@ impl Slot {
     #[inline]
     #[must_use]
     pub fn track(&self, gfn: Gfn) -> u16 {
-        self.region(gfn).map_or(0, |r| r.track[gfn.0 as usize & (ENTRIES - 1)])
+        self.region(gfn).map_or(0, |r| r.frames[frame_index(gfn)].track)
     }
 
-    /// The write-track count, to change it.
-    pub fn track_mut(&mut self, gfn: Gfn) -> &mut u16 {
-        &mut self.region_mut(gfn).track[gfn.0 as usize & (ENTRIES - 1)]
+    /// The bookkeeping of a frame of the slot, to change it.
+    #[inline]
+    pub fn frame_mut(&mut self, gfn: Gfn) -> &mut SlotFrame {
+        &mut self.region_mut(gfn).frames[frame_index(gfn)]
     }
 
     /// How many shadow pages forbid a leaf of 2 MiB and of 1 GiB around the frame, to change both.
@@ -219,7 +230,7 @@ impl Slot {
         while gfn < to.0 {
             let end = ((gfn | (ENTRIES as u64 - 1)) + 1).min(to.0);
             if let Some(region) = self.region(Gfn(gfn)) {
-                let used = |gfn: &u64| region.rmap[*gfn as usize & (ENTRIES - 1)] != RmapHead::default();
+                let used = |gfn: &u64| region.frames[frame_index(Gfn(*gfn))].rmap != RmapHead::default();
                 small.extend((gfn..end).filter(used).map(|gfn| (Gfn(gfn), Level::PT)));
                 if region.rmap_2m != RmapHead::default() {
                     large.push((Gfn(gfn), Level::PD));
@@ -244,7 +255,8 @@ impl Slot {
         let small = self.regions.iter().enumerate().filter_map(|(i, r)| Some((i as u64, r.as_deref()?)));
         let small = small.flat_map(move |(i, region)| {
             let gfn = (first + i) << 9;
-            let pages = region.rmap.iter().enumerate().map(move |(k, head)| (Gfn(gfn + k as u64), Level::PT, *head));
+            let frames = region.frames.iter().enumerate();
+            let pages = frames.map(move |(k, frame)| (Gfn(gfn + k as u64), Level::PT, frame.rmap));
             pages.chain(std::iter::once((Gfn(gfn), Level::PD, region.rmap_2m)))
         });
         let giant_first = self.base.0 >> 18;
@@ -255,6 +267,11 @@ impl Slot {
             .map(move |(i, (head, _))| (Gfn((giant_first + i as u64) << 18), Level::PDPT, *head));
         small.chain(giant).filter(|(_, _, head)| head.0 != 0)
     }
+}
+
+#[inline]
+const fn frame_index(gfn: Gfn) -> usize {
+    gfn.0 as usize & (ENTRIES - 1)
 }
 
 #[cfg(test)]

@@ -118,6 +118,33 @@ impl Shadow {
         (result, owed)
     }
 
+    /// The short way of [`Self::set_leaf`] for an empty entry of a level-1 page with gptes that is to map plain RAM: the
+    /// host has the page and may write it, no table is in it, and writes to it are not logged. `None`, and nothing done,
+    /// if it is not so.
+    #[inline]
+    pub(crate) fn set_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, prefetch: bool) -> Option<Flush> {
+        if !self.memory.host.state(gfn).writable() {
+            return None;
+        }
+        let slot = self.memory.slot_mut(gfn).filter(|slot| !slot.readonly && !slot.logs_dirty())?;
+        let frame = slot.frame_mut(gfn);
+        let mut bits = SHADOW_PRESENT | PT_P | HOST_WRITABLE | Host::pfn(gfn).0 << 12;
+        bits |= if prefetch { 0 } else { PT_A };
+        bits |= if access.has(Access::X) { 0 } else { PT_NX };
+        bits |= if access.has(Access::U) { PT_U } else { 0 };
+        if access.has(Access::W) {
+            if frame.tables > 0 {
+                return None;
+            }
+            bits |= PT_W | MMU_WRITABLE | PT_D;
+        }
+        let before = self.lists.add(&mut frame.rmap, pos);
+        self.arena.set_leaf(pos, Spte(bits), gfn, access);
+        self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
+        self.counters.pages_4k += 1;
+        Some(self.rmap_grew(gfn, Level::PT, before))
+    }
+
     /// Writes an MMIO entry (`mark_mmio_spte`, 6.1).
     pub(crate) fn mark_mmio(&mut self, pos: SptePos, gfn: Gfn, access: Access) {
         let generation = self.memory.generation & ((1 << MMIO_GEN_BITS) - 1);
@@ -145,6 +172,11 @@ impl Shadow {
         let granted = self.arena[pos.page()].role.access();
         let access = gpte.protect_clean(granted.and(gpte.access()));
         let gfn = gpte.gfn();
+        if self.spte(pos) == Spte::EMPTY
+            && let Some(flush) = self.set_plain_leaf(pos, gfn, access, true)
+        {
+            return (true, flush);
+        }
         if !self.prefetchable(gfn, access, stop_at_dirty_log) {
             return (false, Flush::NONE);
         }

@@ -161,6 +161,14 @@ impl Arena {
         *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
     }
 
+    /// Writes a leaf of a page with gptes, with the frame and the rights that it is made from.
+    #[inline]
+    pub fn set_leaf(&mut self, pos: SptePos, spte: Spte, gfn: Gfn, access: Access) {
+        debug_assert!(self[pos.page()].has_gptes());
+        self.set_spte(pos, spte);
+        self.shadowed[pos.0 as usize] = gfn.0 << 3 | u64::from(access.0);
+    }
+
     /// Writes an entry that was not empty and stays so (A and D bits, rights).
     #[inline]
     pub fn update_spte(&mut self, pos: SptePos, spte: Spte) {

@@ -61,12 +61,18 @@ impl ListPool {
     }
 
     /// Appends an entry; returns how many the list had before.
+    #[inline]
     pub fn add(&mut self, head: &mut RmapHead, pos: SptePos) -> u32 {
+        if *head == RmapHead::default() {
+            *head = one(pos);
+            return 0;
+        }
+        self.add_to_some(head, pos)
+    }
+
+    fn add_to_some(&mut self, head: &mut RmapHead, pos: SptePos) -> u32 {
         match shape(*head) {
-            Shape::Empty => {
-                *head = one(pos);
-                0
-            }
+            Shape::Empty => 0,
             Shape::One(first) => {
                 *head = chain(self.block(first, Some(pos)));
                 1

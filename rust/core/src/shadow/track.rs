@@ -32,6 +32,12 @@ impl Shadow {
         *self.pages_counter(level) += 1;
         let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
         let before = self.lists.add(slot.rmap_mut(gfn, level), pos);
+        self.rmap_grew(gfn, level, before)
+    }
+
+    /// A list that had `before` entries got one more.
+    #[inline]
+    pub(crate) fn rmap_grew(&mut self, gfn: Gfn, level: Level, before: u32) -> Flush {
         self.counters.max_mmu_rmap_size = self.counters.max_mmu_rmap_size.max(u64::from(before));
         if before <= RMAP_RECYCLE {
             return Flush::NONE;
@@ -162,9 +168,11 @@ impl Shadow {
             *two -= 1;
             *one -= 1;
         }
+        let change = |count: u16| if begin { count + 1 } else { count - 1 };
+        let frame = slot.frame_mut(gfn);
+        frame.tables = change(frame.tables);
         if level > Level::PT {
-            let track = slot.track_mut(gfn);
-            *track = if begin { *track + 1 } else { *track - 1 };
+            frame.track = change(frame.track);
         }
     }
 }

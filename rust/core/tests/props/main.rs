@@ -161,6 +161,23 @@ fn a_run_is_a_loop_of_steps_and_repeats_itself() {
     });
 }
 
+/// Faults take a short way while no events are recorded (`fault::quick`); it must come to the same.
+#[test]
+fn the_short_way_of_a_fault_comes_to_the_same_as_the_whole_one() {
+    check(400, &story(WILD, 1..160), |(start, ops)| {
+        let (mut short, mut whole) = (start.build(0), start.build(EventLog::EVERYTHING));
+        for (i, op) in ops.iter().enumerate() {
+            let did = (world::apply(&mut short, op), world::apply(&mut whole, op));
+            prop_assert_eq!(did.0, did.1);
+            let state = |vm: &Vm| format!("{:?} {:?}", vm.vcpus(), vm.counters());
+            prop_assert_eq!(state(&short), state(&whole), "after op {}, {:?}", i, op);
+        }
+        let tables = |vm: &Vm| format!("{:?} {:?}", vm.shadow().arena(), vm.shadow().memory);
+        prop_assert!(tables(&short) == tables(&whole), "the tables differ");
+        Ok(())
+    });
+}
+
 #[test]
 fn a_refused_row_changes_nothing() {
     check(100, &story(WILD, 1..60), |(start, ops)| {

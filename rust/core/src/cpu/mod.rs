@@ -1,5 +1,9 @@
 //! One virtual CPU: registers, what they mean for paging, roots, requests and the small caches that KVM keeps with it.
 
+mod permission;
+
+pub use permission::{CpuView, key_fault, permission_fault};
+
 use crate::bits::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_ALWAYS, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
     CR4_SMEP, EFER_ALLOWED, EFER_LMA, EFER_LME, EFER_NX, PT_NX, PT_PS, bit_range,
@@ -137,6 +141,8 @@ pub struct CpuRole {
     pub largest: Level,
     /// Bits that are reserved in an entry, by level and by its PS bit.
     pub reserved: [[u64; 2]; 6],
+    faults: permission::FaultTable,
+    hardware_faults: permission::FaultTable,
 }
 
 impl CpuRole {
@@ -147,7 +153,7 @@ impl CpuRole {
         let on = mode.has_tables();
         let nx = on && regs.efer & EFER_NX != 0;
         let pse = mode.entry_bytes == 8 || regs.cr4 & CR4_PSE != 0;
-        Self {
+        let mut role = Self {
             mode,
             nx,
             wp: on && regs.cr0 & CR0_WP != 0,
@@ -156,7 +162,21 @@ impl CpuRole {
             pke: regs.lma() && regs.cr4 & CR4_PKE != 0,
             largest: if pse { mode.largest } else { Level::PT },
             reserved: reserved_bits(mode, nx, pse, cpu),
-        }
+            faults: [0; 16],
+            hardware_faults: [0; 16],
+        };
+        role.faults = permission::fault_table(&role);
+        role.hardware_faults = permission::hardware_table(&role);
+        role
+    }
+
+    /// The same with EFER.NX on.
+    #[must_use]
+    pub fn with_nx(self) -> Self {
+        let reserved = self.reserved.map(|pair| pair.map(|bits| bits & !PT_NX));
+        let mut role = Self { nx: true, reserved, ..self };
+        role.faults = permission::fault_table(&role);
+        role
     }
 
     /// The role that shadow pages are made with (`kvm_init_shadow_mmu`, 6.1).

@@ -1,0 +1,155 @@
+//! Whether the guest's rights allow an access, and whether a shadow entry's do.
+
+use crate::cpu::CpuRole;
+use crate::types::{Access, AccessKind, ErrorCode};
+
+/// Faults looked up: for each kind of access one bit for each set of rights (KVM's `mmu->permissions`).
+pub(super) type FaultTable = [u8; 16];
+
+/// The rows of the table: W, U and F of the error code in bits 0, 1 and 3 (as they stand there, one place lower), and in
+/// bit 2 that SMAP holds for the access.
+const fn row(access: ErrorCode, smap_holds: bool) -> usize {
+    (access.0 >> 1) as usize & 0b1011 | (smap_holds as usize) << 2
+}
+
+/// Whether an access of the kind in `access` (W, U, F, IMPLICIT) to a page with the rights `have` faults
+/// (`permission_fault`, 6.1; APM vol. 2 section 5.6). `ac` is EFLAGS.AC.
+#[inline]
+#[must_use]
+pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, ac: bool) -> bool {
+    let row = row(access, !ac || access.has(ErrorCode::IMPLICIT));
+    role.faults[row] >> have.0 & 1 != 0
+}
+
+/// The table of a role (`update_permission_bitmask`, 6.1).
+pub(super) const fn fault_table(role: &CpuRole) -> FaultTable {
+    table_of(role.wp, role.nx, role.smep, role.smap)
+}
+
+/// The same for the CPU that walks the shadow: CR0.WP and EFER.NX are always on while a shadow guest runs.
+pub(super) const fn hardware_table(role: &CpuRole) -> FaultTable {
+    table_of(true, true, role.smep, role.smap)
+}
+
+const fn table_of(wp: bool, nx: bool, smep: bool, smap: bool) -> FaultTable {
+    let mut table = [0; 16];
+    let mut row = 0;
+    while row < 16 {
+        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, smap && row & 4 != 0);
+        let mut rights = 0;
+        while rights < 8 {
+            let have = Access(rights);
+            let user_page = have.has(Access::U);
+            let by_write = write && !have.has(Access::W) && (user || wp);
+            let by_fetch = fetch && !have.has(Access::X) && nx;
+            let by_mode = if user { !user_page } else { user_page && if fetch { smep } else { smap } };
+            table[row] |= ((by_write || by_fetch || by_mode) as u8) << rights;
+            rights += 1;
+        }
+        row += 1;
+    }
+    table
+}
+
+/// The state of the CPU that its own walk of the shadow obeys, for one instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuView {
+    /// CPL 3.
+    pub user: bool,
+    /// SMAP holds: EFLAGS.AC does not lift it.
+    pub smap_holds: bool,
+    /// A reserved-bit fault has P set.
+    pub rsvd_sets_p: bool,
+    /// PKRU's bits for key 0, which is the key of every shadow entry; 0 without CR4.PKE.
+    pub key0: u32,
+}
+
+impl CpuView {
+    /// The error code of an access, without P.
+    #[inline]
+    #[must_use]
+    pub const fn code(self, kind: AccessKind) -> ErrorCode {
+        kind.code().with(ErrorCode::U.when(self.user))
+    }
+
+    /// Whether the CPU forbids an access to a shadow entry with the rights `have`.
+    #[inline]
+    #[must_use]
+    pub const fn forbids(self, role: &CpuRole, have: Access, kind: AccessKind) -> bool {
+        role.hardware_faults[row(self.code(kind), self.smap_holds)] >> have.0 & 1 != 0
+    }
+
+    /// Whether PKRU does.
+    #[inline]
+    #[must_use]
+    pub const fn forbids_by_key(self, have: Access, kind: AccessKind) -> bool {
+        let bits = if matches!(kind, AccessKind::Write) { 3 } else { 1 };
+        self.key0 & bits != 0 && have.has(Access::U) && !matches!(kind, AccessKind::Fetch)
+    }
+}
+
+/// Whether PKRU forbids an access to a page with the rights `have` and the protection key `key` (`permission_fault`,
+/// 6.1; SDM vol. 3 section 4.6.2). Fetches and supervisor pages have no keys.
+#[must_use]
+pub const fn key_fault(role: &CpuRole, pkru: u32, key: u32, have: Access, access: ErrorCode) -> bool {
+    if !role.pke || access.has(ErrorCode::F) || !have.has(Access::U) {
+        return false;
+    }
+    let bits = pkru >> (2 * key);
+    bits & 1 != 0 || bits & 2 != 0 && access.has(ErrorCode::W) && (access.has(ErrorCode::U) || role.wp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ZEN;
+    use crate::cpu::Registers;
+
+    #[test]
+    fn each_rule_has_its_own_case() {
+        let of = |wp, nx, smep, smap| CpuRole {
+            faults: table_of(wp, nx, smep, smap),
+            ..CpuRole::of(&Registers::default(), &ZEN)
+        };
+        let base = of(true, true, false, false);
+        assert_eq!(base, CpuRole::of(&Registers::default(), &ZEN));
+        let (w, u, f) = (ErrorCode::W, ErrorCode::U, ErrorCode::F);
+        let ux = Access::U.with(Access::X);
+        assert!(permission_fault(&base, ux, w, false));
+        assert!(!permission_fault(&of(false, true, false, false), ux, w, false));
+        assert!(permission_fault(&of(false, true, false, false), ux, w.with(u), false));
+        assert!(permission_fault(&base, Access::W, u, false));
+        assert!(permission_fault(&base, Access::W, f, false));
+        assert!(!permission_fault(&of(true, false, false, false), Access::W, f, false));
+        assert!(permission_fault(&of(true, true, true, false), ux, f, false));
+        let smap = of(true, true, false, true);
+        assert!(permission_fault(&smap, ux, ErrorCode(0), false));
+        assert!(!permission_fault(&smap, ux, ErrorCode(0), true));
+        assert!(permission_fault(&smap, ux, ErrorCode::IMPLICIT, true));
+        assert!(!permission_fault(&smap, ux, f, false));
+    }
+
+    #[test]
+    fn the_cpu_obeys_wp_and_nx_whatever_the_guest_set() {
+        let regs = Registers { cr0: 0x8000_0033, efer: 0x500, ..Registers::default() };
+        let role = CpuRole::of(&regs, &ZEN);
+        let view = CpuView { user: false, smap_holds: true, rsvd_sets_p: true, key0: 0 };
+        assert!(!role.wp && view.forbids(&role, Access::X, AccessKind::Write));
+        assert!(!role.nx && view.forbids(&role, Access::W, AccessKind::Fetch));
+        assert!(!view.forbids(&role, Access::NONE, AccessKind::Read));
+    }
+
+    #[test]
+    fn keys_forbid_data_of_user_pages() {
+        let role = CpuRole { pke: true, ..CpuRole::of(&Registers::default(), &ZEN) };
+        let (none, write) = (ErrorCode(0), ErrorCode::W);
+        let fault = |role: &CpuRole, pkru, have, access| key_fault(role, pkru, 3, have, access);
+        assert!(fault(&role, 1 << 6, Access::ALL, none), "AD of key 3");
+        assert!(!fault(&role, 1 << 4, Access::ALL, none), "another key");
+        assert!(!fault(&role, 1 << 7, Access::ALL, none) && fault(&role, 1 << 7, Access::ALL, write), "WD");
+        assert!(!fault(&CpuRole { wp: false, ..role }, 1 << 7, Access::ALL, write));
+        assert!(!fault(&role, 1 << 6, Access::W, none), "a supervisor page");
+        assert!(!fault(&role, 1 << 6, Access::ALL, ErrorCode::F));
+        assert!(!fault(&CpuRole { pke: false, ..role }, 1 << 6, Access::ALL, none));
+    }
+}

@@ -1,0 +1,88 @@
+//! The short way for most faults: a page of RAM behind tables that are linked already.
+//!
+//! It comes to the same as the whole way in `page_fault` and `fetch`, and leaves everything to it that is not plain: it
+//! looks first and changes nothing until all is known. It raises no events, so it is not taken while any are recorded;
+//! tests/props compares the two.
+
+use crate::bits::{PT_A, PT_D, PT_P};
+use crate::config::MIN_FREE_PAGES;
+use crate::cpu::permission_fault;
+use crate::fault::Ctx;
+use crate::fault::insn::Insn;
+use crate::fault::ways::Way;
+use crate::guest::gpte::Gpte;
+use crate::guest::walk::GuestWalk;
+use crate::memory::Host;
+use crate::outcome::RetPf;
+use crate::shadow::make::Leaf;
+use crate::shadow::spte::Spte;
+use crate::types::{Access, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
+
+impl Ctx<'_> {
+    /// Handles the fault if everything about it is plain. `write_to_table` is told where the result asks for it.
+    #[inline]
+    pub(crate) fn quick_fault(
+        &mut self,
+        insn: &Insn,
+        gva: Gva,
+        code: ErrorCode,
+        write_to_table: &mut bool,
+    ) -> Option<RetPf> {
+        let root = self.vcpu.root.page()?;
+        let way = self.ways.find(root, gva, self.shadow.memory.ways_epoch)?;
+        let (table, guest_table) = (way.table, way.walk.steps[0].table);
+        let (gfn, access) = self.plain_translation(way, root, gva, code, insn.ac)?;
+        let pos = table.entry(gva.index(Level::PT));
+        let empty = self.shadow.spte(pos) == Spte::EMPTY;
+        let quick = if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None };
+        let result = if let Some(flush) = quick {
+            self.pay(flush);
+            RetPf::Fixed
+        } else {
+            self.set_quick_leaf(pos, gfn, access, code)?
+        };
+        if result == RetPf::WriteProtected {
+            let walk = self.ways.find(root, gva, self.shadow.memory.ways_epoch).map(|way| way.walk);
+            *write_to_table = walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk }));
+        }
+        if result != RetPf::Spurious {
+            self.prefetch_around(pos, guest_table);
+        }
+        Some(result)
+    }
+
+    /// The leaf where an entry is already, or a table lies in the page.
+    fn set_quick_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, code: ErrorCode) -> Option<RetPf> {
+        let write = code.has(ErrorCode::W);
+        let slot = self.shadow.memory.slot(gfn).filter(|slot| !slot.readonly)?;
+        let tracked = write && code.has(ErrorCode::P) && slot.track(gfn) != 0;
+        if tracked || !self.shadow.memory.host.state(gfn).writable() {
+            return None;
+        }
+        let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: false, write };
+        let (result, flush) = self.shadow.set_leaf(pos, &leaf);
+        self.pay(flush);
+        Some(result)
+    }
+
+    /// The frame and the rights that the guest gives the address; `None` if anything about it is not plain.
+    #[inline]
+    fn plain_translation(&self, way: &Way, root: PageId, gva: Gva, code: ErrorCode, ac: bool) -> Option<(Gfn, Access)> {
+        let (role, step) = (&self.vcpu.role, &way.walk.steps[0]);
+        let write = code.has(ErrorCode::W);
+        let index = role.mode.index(gva, Level::PT);
+        let gpte = Gpte(self.shadow.memory.host.entry(step.table, index, role.mode.entry_bytes));
+        // Without them the walk would write the entry, or the fault is the guest's own.
+        let marks = if write { PT_P | PT_A | PT_D } else { PT_P | PT_A };
+        if gpte.0 & marks != marks || gpte.has_reserved(role, Level::PT) || role.pke {
+            return None;
+        }
+        let granted = step.access.and(gpte.access());
+        // A page that the supervisor may write although it is read-only (CR0.WP off) is not plain.
+        if permission_fault(role, granted, code, ac) || write && !granted.has(Access::W) {
+            return None;
+        }
+        let room = self.shadow.max_pages.saturating_sub(self.shadow.used_pages) >= MIN_FREE_PAGES;
+        (room && self.shadow.is_valid(root)).then(|| (gpte.gfn(), gpte.protect_clean(granted)))
+    }
+}
