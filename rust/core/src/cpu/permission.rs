@@ -23,32 +23,28 @@ pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, a
 
 /// The table of a role (`update_permission_bitmask`, 6.1).
 pub(super) const fn fault_table(role: &CpuRole) -> FaultTable {
-    table_of(role.wp, role.nx, role.smep, role.smap)
-}
-
-/// The same for the CPU that walks the shadow: CR0.WP and EFER.NX are always on while a shadow guest runs.
-pub(super) const fn hardware_table(role: &CpuRole) -> FaultTable {
-    table_of(true, true, role.smep, role.smap)
-}
-
-const fn table_of(wp: bool, nx: bool, smep: bool, smap: bool) -> FaultTable {
     let mut table = [0; 16];
     let mut row = 0;
     while row < 16 {
-        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, smap && row & 4 != 0);
+        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
         let mut rights = 0;
         while rights < 8 {
             let have = Access(rights);
             let user_page = have.has(Access::U);
-            let by_write = write && !have.has(Access::W) && (user || wp);
-            let by_fetch = fetch && !have.has(Access::X) && nx;
-            let by_mode = if user { !user_page } else { user_page && if fetch { smep } else { smap } };
+            let by_write = write && !have.has(Access::W) && (user || role.wp);
+            let by_fetch = fetch && !have.has(Access::X) && role.nx;
+            let by_mode = if user { !user_page } else { user_page && if fetch { role.smep } else { smap } };
             table[row] |= ((by_write || by_fetch || by_mode) as u8) << rights;
             rights += 1;
         }
         row += 1;
     }
     table
+}
+
+/// The same for the CPU that walks the shadow: CR0.WP and EFER.NX are always on while a shadow guest runs.
+pub(super) const fn hardware_table(role: &CpuRole) -> FaultTable {
+    fault_table(&CpuRole { wp: true, nx: true, ..*role })
 }
 
 /// The state of the CPU that its own walk of the shadow obeys, for one instruction.
@@ -107,22 +103,19 @@ mod tests {
 
     #[test]
     fn each_rule_has_its_own_case() {
-        let of = |wp, nx, smep, smap| CpuRole {
-            faults: table_of(wp, nx, smep, smap),
-            ..CpuRole::of(&Registers::default(), &ZEN)
-        };
-        let base = of(true, true, false, false);
-        assert_eq!(base, CpuRole::of(&Registers::default(), &ZEN));
+        let base = CpuRole::of(&Registers::default(), &ZEN);
+        let with = |role: CpuRole| CpuRole { faults: fault_table(&role), ..role };
+        let no_wp = with(CpuRole { wp: false, ..base });
         let (w, u, f) = (ErrorCode::W, ErrorCode::U, ErrorCode::F);
         let ux = Access::U.with(Access::X);
         assert!(permission_fault(&base, ux, w, false));
-        assert!(!permission_fault(&of(false, true, false, false), ux, w, false));
-        assert!(permission_fault(&of(false, true, false, false), ux, w.with(u), false));
+        assert!(!permission_fault(&no_wp, ux, w, false));
+        assert!(permission_fault(&no_wp, ux, w.with(u), false));
         assert!(permission_fault(&base, Access::W, u, false));
         assert!(permission_fault(&base, Access::W, f, false));
-        assert!(!permission_fault(&of(true, false, false, false), Access::W, f, false));
-        assert!(permission_fault(&of(true, true, true, false), ux, f, false));
-        let smap = of(true, true, false, true);
+        assert!(!permission_fault(&with(CpuRole { nx: false, ..base }), Access::W, f, false));
+        assert!(permission_fault(&with(CpuRole { smep: true, ..base }), ux, f, false));
+        let smap = with(CpuRole { smap: true, ..base });
         assert!(permission_fault(&smap, ux, ErrorCode(0), false));
         assert!(!permission_fault(&smap, ux, ErrorCode(0), true));
         assert!(permission_fault(&smap, ux, ErrorCode::IMPLICIT, true));
