@@ -1,13 +1,14 @@
 //! Running one instruction with a memory operand: the CPU's accesses, its exits, and running it again.
 
 use crate::config::MAX_RESUMES;
-use crate::cpu::{CpuView, Requests};
+use crate::cpu::CpuView;
 use crate::engine::Vm;
+use crate::engine::plain::{Plain, Ran};
 use crate::fault::insn::{Action, Insn, mask, slice};
 use crate::fault::{After, Ctx};
-use crate::hw::walk::{access, access_entry};
-use crate::outcome::{Outcome, Status};
-use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId};
+use crate::hw::walk::access;
+use crate::outcome::{Outcome, RetPf, Status};
+use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva};
 
 /// Why the CPU did not finish an instruction.
 #[derive(Clone, Copy)]
@@ -21,11 +22,21 @@ enum Trap {
 impl Vm {
     /// Runs one instruction, or one access of event delivery, on a vCPU of the VM.
     pub fn execute(&mut self, vcpu: usize, insn: &Insn) -> Outcome {
+        let ran = Plain::of(insn).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
+        self.execute_after(vcpu, insn, ran)
+    }
+
+    /// The rest of an instruction that came so far as a plain access.
+    #[inline]
+    pub(crate) fn execute_after(&mut self, vcpu: usize, insn: &Insn, ran: Ran) -> Outcome {
+        if let Ran::Done(value) = ran {
+            return Outcome::done(value);
+        }
         self.begin(vcpu);
         let outcome = self.with(vcpu, |ctx| match (insn.action, insn.rip) {
             // A jump: it is fetched and done with before its target is.
             (Action::Fetch, Some(rip)) => ctx.fetch_insn(rip, insn.user).map_or_else(|o| o, |()| ctx.run_insn(insn)),
-            _ => ctx.run_insn(insn),
+            _ => ctx.run_insn_after(insn, ran),
         });
         self.end();
         outcome
@@ -37,97 +48,51 @@ fn fetch_of(insn: &Insn) -> Insn {
     Insn { action: Action::Fetch, gva: Gva(insn.rip_or_zero()), size: insn.length, system: false, ..*insn }
 }
 
-/// What a fast access needs to know of an instruction; everything else about it has its default.
-#[derive(Clone, Copy)]
-pub(crate) struct Plain {
-    pub gva: Gva,
-    pub size: u8,
-    pub kind: AccessKind,
-    pub user: bool,
-    pub ac: bool,
-    /// The value that a store stores; `None` leaves memory as it is.
-    pub value: Option<u64>,
-}
-
-impl Vm {
-    /// Runs an access that needs no exit; `None` if it needs one, or anything else out of the ordinary, and nothing
-    /// was done. It is [`Vm::execute`] without the ways that most accesses do not go.
-    #[inline]
-    pub(crate) fn execute_plain(&mut self, vcpu: usize, plain: &Plain) -> Option<u64> {
-        let cpu = self.vcpus.get_mut(vcpu)?;
-        let (table, offset) = (Some(cpu.root.table(plain.gva)?), plain.gva.offset());
-        let role = &cpu.role;
-        let plainly = cpu.requests == Requests::default() && role.mode.takes(plain.gva) && !role.pke;
-        if !plainly || offset + u64::from(plain.size) > 4096 {
-            return None;
-        }
-        let view = CpuView { user: plain.user, smap_holds: !plain.ac, rsvd_sets_p: true, key0: 0 };
-        let frame = access(&mut self.shadow, role, table, plain.gva, (plain.kind, view)).ok()?;
-        cpu.counters.x_ops += 1;
-        cpu.injected = None;
-        self.shadow.events.op += 1;
-        let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | offset);
-        match (plain.kind, frame, plain.value) {
-            (AccessKind::Read, Some(_), Some(_)) => Some(self.shadow.memory.host.read(gpa, plain.size)),
-            (AccessKind::Write, Some(_), Some(value)) => {
-                self.shadow.memory.host.write(gpa, plain.size, value);
-                Some(0)
-            }
-            _ => Some(0),
-        }
-    }
-}
-
 impl Ctx<'_> {
-    #[inline]
     pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
-        if insn.is_plain() {
-            self.vcpu.injected = None;
-            return self.run_until_done::<true>(insn);
-        }
-        self.run_any(insn)
+        self.run_insn_after(insn, Ran::NotAtAll)
     }
 
-    #[inline(never)]
-    fn run_any(&mut self, insn: &Insn) -> Outcome {
+    fn run_insn_after(&mut self, insn: &Insn, ran: Ran) -> Outcome {
         if insn.delivery {
             self.vcpu.delivering = self.vcpu.delivering.or(self.vcpu.injected.map(|(vector, _)| vector));
         } else {
             // An instruction runs, so whatever was delivered has arrived.
             self.vcpu.injected = None;
         }
-        let outcome = self.run_until_done::<false>(insn);
+        let outcome = self.run_until_done(insn, ran);
         self.vcpu.delivering = None;
         outcome
     }
 
-    /// Runs an instruction, exits and all, until the CPU has done it or something else ends it. There is a version of
-    /// its own for plain ones, which most are, so that they do not pay for what others need.
-    #[inline]
-    fn run_until_done<const PLAIN: bool>(&mut self, insn: &Insn) -> Outcome {
+    /// Runs an instruction, exits and all, until the CPU has done it or something else ends it. The first round may have
+    /// been made as a plain access.
+    fn run_until_done(&mut self, insn: &Insn, ran: Ran) -> Outcome {
         let (mut done, mut device) = (0, None);
-        // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
-        for _ in 0..MAX_RESUMES + if PLAIN { 0 } else { 4 * (insn.repeat - 1) } {
-            if !self.enter() {
-                return Outcome::of(Status::Shutdown);
+        let mut first = match ran {
+            Ran::Again => Some(After::Resume),
+            Ran::Protected(write_to_table) => {
+                let after = self.not_mapped(insn, insn.gva, RetPf::WriteProtected, write_to_table);
+                Some(self.leave_if_finished(after))
             }
-            let ran = if PLAIN { self.run_plain(insn) } else { self.run_on_cpu(insn, &mut done) };
-            let (gva, code, operand) = match ran {
-                Ok(value) => {
-                    return device
-                        .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
-                }
-                Err(Trap::GeneralProtection) => return Outcome::of(Status::GeneralProtection),
-                Err(Trap::Fault { gva, code, operand }) => (gva, code, operand),
-            };
-            let after = if PLAIN {
-                self.handle_page_fault(insn, gva, code)
-            } else {
-                self.handle_fault_of(insn, done, gva, code, operand)
+            Ran::NotAtAll | Ran::Done(_) => None,
+        };
+        // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
+        for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
+            let after = match first.take() {
+                Some(after) => after,
+                None => match self.run_once(insn, &mut done) {
+                    Ok(value) => {
+                        return device
+                            .map_or(Outcome::done(value), |address| Outcome { address, ..Outcome::of(Status::Mmio) });
+                    }
+                    Err(After::Finished(outcome)) => return outcome,
+                    Err(after) => after,
+                },
             };
             match after {
                 // After KVM's decoding the CPU comes to the INT itself again (a run shows the fetch).
-                After::Resume if !PLAIN && insn.soft && !self.shadow.config.cpu.nrips => {
+                After::Resume if insn.soft && !self.shadow.config.cpu.nrips => {
                     if let Err(outcome) = self.fetch_insn(insn.rip_or_zero(), insn.user) {
                         return outcome;
                     }
@@ -138,38 +103,33 @@ impl Ctx<'_> {
                     done += elements;
                     device = device.or(gpa);
                 }
-                After::Finished(outcome) => return self.leave(outcome),
+                After::Finished(outcome) => return outcome,
             }
         }
         Outcome::of(Status::Livelock)
     }
 
-    /// Handles the fault of an instruction of which `done` elements were carried out, or of its own fetch.
-    fn handle_fault_of(&mut self, insn: &Insn, done: u32, gva: Gva, code: ErrorCode, operand: bool) -> After {
-        let rest = insn.element(done);
+    /// One round: entry, the CPU's part, and the exit if there is one. The error is what came of it.
+    fn run_once(&mut self, insn: &Insn, done: &mut u32) -> Result<u64, After> {
+        if !self.enter() {
+            return Err(After::Finished(Outcome::of(Status::Shutdown)));
+        }
+        let (gva, code, operand) = match self.run_on_cpu(insn, done) {
+            Ok(value) => return Ok(value),
+            Err(Trap::GeneralProtection) => return Err(After::Finished(Outcome::of(Status::GeneralProtection))),
+            Err(Trap::Fault { gva, code, operand }) => (gva, code, operand),
+        };
+        let rest = insn.element(*done);
         let who = if operand { rest } else { fetch_of(&rest) };
-        self.handle_page_fault(&who, gva, code)
+        let after = self.handle_page_fault(&who, gva, code);
+        Err(self.leave_if_finished(after))
     }
 
-    /// Runs an instruction that is one access to one page.
-    #[inline]
-    fn run_plain(&mut self, insn: &Insn) -> Result<u64, Trap> {
-        let load = insn.action == Action::Load;
-        let kind = if load { AccessKind::Read } else { AccessKind::Write };
-        let frame = match self.vcpu.root.page() {
-            Some(root) => self.access_near(root, insn.gva, kind, self.cpu_view(insn)),
-            None => self.access_page(insn.gva, kind, self.cpu_view(insn), true),
-        }?;
-        // `None` is the zero page; a writable entry never maps it.
-        let Some(gfn) = frame else { return Ok(0) };
-        let (gpa, host) = (Gpa(gfn.gpa().0 | insn.gva.offset()), &mut self.shadow.memory.host);
-        if load {
-            return Ok(host.read(gpa, insn.size));
+    fn leave_if_finished(&mut self, after: After) -> After {
+        match after {
+            After::Finished(outcome) => After::Finished(self.leave(outcome)),
+            other => other,
         }
-        if !insn.keep {
-            host.write(gpa, insn.size, insn.value);
-        }
-        Ok(0)
     }
 
     /// KVM enters the guest again before anything else happens, so requests are served within the operation.
@@ -245,21 +205,6 @@ impl Ctx<'_> {
             gva,
             code,
             operand,
-        })
-    }
-
-    /// The same for an operand, by the way that the last fault nearby has gone, if there is one.
-    #[inline]
-    fn access_near(&mut self, root: PageId, gva: Gva, kind: AccessKind, view: CpuView) -> Result<Option<Gfn>, Trap> {
-        let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else {
-            return self.access_page(gva, kind, view, true);
-        };
-        // A region that has a way has canonical addresses only.
-        let end = (way.table.entry(gva.index(Level::PT)), Level::PT);
-        access_entry(self.shadow, &self.vcpu.role, end, gva, (kind, view)).map_err(|code| Trap::Fault {
-            gva,
-            code,
-            operand: true,
         })
     }
 

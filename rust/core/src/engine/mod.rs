@@ -7,6 +7,7 @@ mod dirty;
 mod entry;
 mod host;
 mod notifier;
+mod plain;
 mod registers;
 mod trace;
 

@@ -1,6 +1,6 @@
 //! Running a trace: a loop over [`Vm::step`], and one row's way to its operation.
 
-use crate::engine::access::Plain;
+use crate::engine::plain::{Plain, Ran};
 use crate::engine::{Control, Vm};
 use crate::error::TraceError;
 use crate::fault::insn::{Action, Insn, RmwKind};
@@ -54,7 +54,8 @@ impl Vm {
     /// A row that cannot be run: no such vCPU, size, slot or page. Nothing was changed.
     pub fn step(&mut self, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
         let vcpu = usize::from(row.vcpu);
-        if let Some(value) = plain_of(row, options).and_then(|plain| self.execute_plain(vcpu, &plain)) {
+        let ran = plain_of(row, options).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
+        if let Ran::Done(value) = ran {
             return Ok(Outcome::done(value));
         }
         let fail = |reason: String| TraceError { index, reason };
@@ -66,7 +67,7 @@ impl Vm {
         };
         if let Some(action) = action_of(row.op) {
             let insn = insn_of(row, action, rip).map_err(fail)?;
-            return Ok(self.execute(vcpu, &insn));
+            return Ok(self.execute_after(vcpu, &insn, ran));
         }
         let control = match row.op {
             OpCode::Invlpg => Control::Invlpg(row.addr),

@@ -209,13 +209,14 @@ impl Ctx<'_> {
         }
         let bytes = self.vcpu.role.mode.entry_bytes;
         let quadrant = self.shadow.arena[id].role.quadrant();
-        let group = self.shadow.memory.host.entry_group(table, Mode::gpte_index(quadrant, first), bytes);
-        for (i, gpte) in group.into_iter().enumerate() {
-            let at = id.entry(first + i);
+        let contents = self.shadow.memory.host.contents(table);
+        for index in first..first + PREFETCH {
+            let at = id.entry(index);
             if at == pos || self.shadow.spte(at).present() {
                 continue;
             }
-            let (go_on, flush) = self.shadow.prefetch_gpte(at, Gpte(gpte), &self.vcpu.role, true);
+            let gpte = Gpte(self.shadow.memory.host.entry_in(contents, Mode::gpte_index(quadrant, index), bytes));
+            let (go_on, flush) = self.shadow.prefetch_gpte(at, gpte, &self.vcpu.role, true);
             self.pay(flush);
             if !go_on {
                 return;

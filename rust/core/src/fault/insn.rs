@@ -104,15 +104,6 @@ impl Insn {
         }
     }
 
-    /// Whether it is no more than a load or a store of up to 8 bytes on one page.
-    #[inline]
-    #[must_use]
-    pub const fn is_plain(&self) -> bool {
-        let kind = matches!(self.action, Action::Load | Action::Store);
-        let one = kind && self.rip.is_none() && !self.delivery && !self.rep && self.repeat == 1;
-        one && self.size <= 8 && self.gva.offset() + self.size as u64 <= 4096
-    }
-
     /// The instruction with its first `done` elements carried out.
     #[inline]
     #[must_use]

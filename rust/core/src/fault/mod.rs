@@ -7,7 +7,7 @@ pub mod insn;
 pub mod mmio;
 pub mod page_fault;
 pub mod pte_write;
-mod quick;
+pub(crate) mod quick;
 pub mod retry;
 pub(crate) mod ways;
 

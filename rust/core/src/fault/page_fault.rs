@@ -42,53 +42,63 @@ impl Ctx<'_> {
         if insn.delivery && self.shadow.config.kernel.delivery_unprotects_first {
             self.unprotect_for_delivery(insn, gva);
         }
-        if code.has(ErrorCode::RSVD) {
-            match self.handle_mmio_page_fault(gva) {
-                RetPf::Emulate => {
-                    self.vcpu.counters.x_mmio_faults += 1;
-                    return self.emulate(insn, gva, Emulation { allow_retry: false, write_to_table: false });
-                }
-                RetPf::Invalid => {}
-                _ => return After::Resume,
-            }
+        if code.has(ErrorCode::RSVD)
+            && let Some(after) = self.mmio_fault(insn, gva)
+        {
+            return after;
         }
         self.vcpu.counters.pf_taken += 1;
         let mut write_to_table = false;
-        let plain = !code.has(ErrorCode::RSVD) && !self.shadow.events.wants_any();
-        let quick = if plain { self.quick_fault(insn, gva, code, &mut write_to_table) } else { None };
-        let direct = !self.vcpu.role.mode.has_tables();
-        let handled = if let Some(result) = quick {
-            Handled::Result(result)
-        } else if direct {
-            self.direct_page_fault(gva, code)
-        } else {
+        let handled = if self.vcpu.role.mode.has_tables() {
             self.page_fault(insn, gva, code.without(ErrorCode::RSVD), &mut write_to_table)
+        } else {
+            self.direct_page_fault(gva, code)
         };
         let result = match handled {
             Handled::Guest(fault) => return After::Finished(self.inject(fault)),
             Handled::OutOfPages => return After::Finished(Outcome::of(Status::InternalError)),
             Handled::Result(result) => result,
         };
-        let emulation = match result {
-            RetPf::WriteProtected if self.shadow.config.kernel.retry_needs_zap => {
-                self.write_protect_fault(insn, gva, write_to_table)
-            }
-            RetPf::Emulate | RetPf::WriteProtected => {
-                let allow_retry = !self.shadow.config.kernel.retry_needs_zap && !self.mmio_in_cache(gva);
-                Some(Emulation { allow_retry, write_to_table })
-            }
-            RetPf::Fixed | RetPf::Spurious | RetPf::Continue | RetPf::Retry | RetPf::Invalid => None,
-        };
+        if matches!(result, RetPf::Emulate | RetPf::WriteProtected) {
+            return self.not_mapped(insn, gva, result, write_to_table);
+        }
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
         self.vcpu.counters.pf_spurious += u64::from(result == RetPf::Spurious);
-        self.vcpu.counters.pf_emulate += u64::from(emulation.is_some());
-        if let Some(how) = emulation {
-            return self.emulate(insn, gva, how);
-        }
         if insn.delivery {
             self.reinject(insn);
         }
         After::Resume
+    }
+
+    /// A fault on an entry with reserved bits: MMIO. `None` if the entry is stale and the ordinary way must repair it.
+    fn mmio_fault(&mut self, insn: &Insn, gva: Gva) -> Option<After> {
+        match self.handle_mmio_page_fault(gva) {
+            RetPf::Emulate => {
+                self.vcpu.counters.x_mmio_faults += 1;
+                Some(self.emulate(insn, gva, Emulation { allow_retry: false, write_to_table: false }))
+            }
+            RetPf::Invalid => None,
+            _ => Some(After::Resume),
+        }
+    }
+
+    /// The access cannot be let through: it is emulated, or (6.12) what protects the page goes.
+    #[inline(never)]
+    pub(crate) fn not_mapped(&mut self, insn: &Insn, gva: Gva, result: RetPf, write_to_table: bool) -> After {
+        let emulation = if result == RetPf::WriteProtected && self.shadow.config.kernel.retry_needs_zap {
+            self.write_protect_fault(insn, gva, write_to_table)
+        } else {
+            let allow_retry = !self.shadow.config.kernel.retry_needs_zap && !self.mmio_in_cache(gva);
+            Some(Emulation { allow_retry, write_to_table })
+        };
+        let Some(how) = emulation else {
+            if insn.delivery {
+                self.reinject(insn);
+            }
+            return After::Resume;
+        };
+        self.vcpu.counters.pf_emulate += 1;
+        self.emulate(insn, gva, how)
     }
 
     /// The event whose delivery faulted goes in again. A soft one (INT3, INT n) pushes the RIP behind its instruction,
@@ -108,6 +118,11 @@ impl Ctx<'_> {
         let rip = insn.rip_or_zero();
         self.shadow.events.exit(0, rip, code.0);
         self.shadow.events.page_fault(rip, gva, code);
+        self.count_fault(code);
+    }
+
+    #[inline]
+    pub(crate) fn count_fault(&mut self, code: ErrorCode) {
         let counters = &mut self.vcpu.counters;
         counters.exits += 1;
         counters.x_faults_user += u64::from(code.has(ErrorCode::U));

@@ -8,7 +8,6 @@ use crate::bits::{PT_A, PT_D, PT_P};
 use crate::config::MIN_FREE_PAGES;
 use crate::cpu::permission_fault;
 use crate::fault::Ctx;
-use crate::fault::insn::Insn;
 use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::GuestWalk;
@@ -18,37 +17,56 @@ use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
 use crate::types::{Access, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
 
+/// How a fault ended on the short way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Quick {
+    /// It did not take it; nothing was done.
+    No,
+    /// The entry there maps the page now, or did already.
+    Mapped(SptePos),
+    /// The page is write-protected; the store goes to a table of its own walk or not. Its exit is counted, the rest is
+    /// to be done.
+    Protected { write_to_table: bool },
+}
+
 impl Ctx<'_> {
-    /// Handles the fault if everything about it is plain. `write_to_table` is told where the result asks for it.
+    /// Handles the fault of an access, if everything about it is plain. `code` has no RSVD, and no events are recorded.
     #[inline]
-    pub(crate) fn quick_fault(
-        &mut self,
-        insn: &Insn,
-        gva: Gva,
-        code: ErrorCode,
-        write_to_table: &mut bool,
-    ) -> Option<RetPf> {
-        let root = self.vcpu.root.page()?;
-        let way = self.ways.find(root, gva, self.shadow.memory.ways_epoch)?;
-        let (table, guest_table) = (way.table, way.walk.steps[0].table);
-        let (gfn, access) = self.plain_translation(way, root, gva, code, insn.ac)?;
-        let pos = table.entry(gva.index(Level::PT));
+    pub(crate) fn quick_fault(&mut self, gva: Gva, code: ErrorCode, ac: bool) -> Quick {
+        let Some(root) = self.vcpu.root.page() else { return Quick::No };
+        let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else { return Quick::No };
+        let (pos, guest_table) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].table);
+        let Some((gfn, access)) = self.plain_translation(way, root, gva, code, ac) else { return Quick::No };
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
-        let quick = if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None };
-        let result = if let Some(flush) = quick {
-            self.pay(flush);
-            RetPf::Fixed
-        } else {
-            self.set_quick_leaf(pos, gfn, access, code)?
+        let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None } {
+            Some(flush) => {
+                self.pay(flush);
+                RetPf::Fixed
+            }
+            None => match self.set_quick_leaf(pos, gfn, access, code) {
+                Some(result) => result,
+                None => return Quick::No,
+            },
         };
-        if result == RetPf::WriteProtected {
-            let walk = self.ways.find(root, gva, self.shadow.memory.ways_epoch).map(|way| way.walk);
-            *write_to_table = walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk }));
+        self.count_fault(code);
+        self.vcpu.counters.pf_taken += 1;
+        let counters = &mut self.vcpu.counters;
+        match result {
+            RetPf::Spurious => {
+                counters.pf_spurious += 1;
+                return Quick::Mapped(pos);
+            }
+            RetPf::Fixed => counters.pf_fixed += 1,
+            _ => {}
         }
-        if result != RetPf::Spurious {
-            self.prefetch_around(pos, guest_table);
-        }
-        Some(result)
+        self.prefetch_around(pos, guest_table);
+        if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
+    }
+
+    #[cold]
+    fn protected(&self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
+        let walk = self.ways.find(root, gva, self.shadow.memory.ways_epoch).map(|way| way.walk);
+        Quick::Protected { write_to_table: walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk })) }
     }
 
     /// The leaf where an entry is already, or a table lies in the page.

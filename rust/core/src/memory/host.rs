@@ -47,6 +47,10 @@ const SHARED: u64 = 1 << 38;
 
 type Page = [u64; ENTRIES];
 
+/// The place of a frame's contents.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents(u32);
+
 /// All of the host's pages, by guest frame.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -208,15 +212,18 @@ impl Host {
         entry(self.page(gfn), at, bytes)
     }
 
-    /// The 8 entries of the aligned group that holds entry `at`.
+    /// Where a frame's contents are, to read many of its entries; good until memory changes.
     #[inline]
     #[must_use]
-    pub fn entry_group(&self, gfn: Gfn, at: usize, bytes: u8) -> [u64; 8] {
-        let (page, first) = (self.page(gfn), at & !7);
-        if bytes == 8 {
-            return std::array::from_fn(|i| page[(first & (ENTRIES - 8)) + i]);
-        }
-        std::array::from_fn(|i| entry(page, first + i, bytes))
+    pub fn contents(&self, gfn: Gfn) -> Contents {
+        Contents(self.frames.get(gfn).page())
+    }
+
+    /// The entry `at` of a table page found before.
+    #[inline]
+    #[must_use]
+    pub fn entry_in(&self, contents: Contents, at: usize, bytes: u8) -> u64 {
+        entry(&self.pages[contents.0 as usize], at, bytes)
     }
 
     /// Whether a table's page is there, and its entry `at`, found in one look.
@@ -357,7 +364,8 @@ mod tests {
         host.write(Gpa(0x1000), 8, 0x1111_2222_3333_4444);
         host.set_entry(Gfn(1), 3, 4, 0x5555_6666);
         assert_eq!(host.entry(Gfn(1), 0, 8), 0x1111_2222_3333_4444);
-        assert_eq!(host.entry_group(Gfn(1), 2, 4)[..4], [0x3333_4444, 0x1111_2222, 0, 0x5555_6666]);
+        let group = [0, 1, 2, 3].map(|at| host.entry_in(host.contents(Gfn(1)), at, 4));
+        assert_eq!(group, [0x3333_4444, 0x1111_2222, 0, 0x5555_6666]);
         assert_eq!(host.entry(Gfn(1), 1, 8), 0x5555_6666_0000_0000);
     }
 

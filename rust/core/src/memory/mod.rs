@@ -7,7 +7,7 @@ mod frames;
 mod host;
 mod slot;
 
-pub use host::{Host, HostState};
+pub use host::{Contents, Host, HostState};
 pub use slot::{Slot, SlotRegion};
 
 use crate::config::{ADDRESS_SPACES, MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
