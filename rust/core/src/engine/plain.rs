@@ -6,10 +6,11 @@
 
 use crate::cpu::{CpuView, Requests};
 use crate::engine::Vm;
+use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::quick::Quick;
 use crate::hw::walk::access_entry;
-use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, SptePos};
+use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
 
 /// What a plain access needs to know of an instruction; everything else about it has its default.
 #[derive(Clone, Copy)]
@@ -62,25 +63,48 @@ impl Vm {
     /// Runs a plain access as far as it stays plain.
     #[inline]
     pub(crate) fn run_plain(&mut self, vcpu: usize, plain: &Plain) -> Ran {
-        let Some(cpu) = self.vcpus.get(vcpu) else { return Ran::NotAtAll };
-        let Some(table) = cpu.root.table(plain.gva) else { return Ran::NotAtAll };
-        let plainly = cpu.requests == Requests::default() && cpu.role.mode.takes(plain.gva) && !cpu.role.pke;
+        if vcpu >= self.vcpus.len() {
+            return Ran::NotAtAll;
+        }
+        self.with(vcpu, |ctx| ctx.run_plain(plain))
+    }
+}
+
+impl Ctx<'_> {
+    #[inline]
+    fn run_plain(&mut self, plain: &Plain) -> Ran {
+        let Some(root) = self.vcpu.root.table(plain.gva) else { return Ran::NotAtAll };
+        let role = &self.vcpu.role;
+        let plainly = self.vcpu.requests == Requests::default() && role.mode.takes(plain.gva) && !role.pke;
         if !plainly || plain.gva.offset() + u64::from(plain.size) > 4096 {
             return Ran::NotAtAll;
         }
-        let end = self.shadow.walk_down(table, plain.gva);
-        match access_entry(&mut self.shadow, &cpu.role, end, plain.gva, (plain.kind, plain.view())) {
-            Ok(frame) => self.finish_plain(vcpu, plain, frame),
-            Err(code) => self.fault_plain(vcpu, plain, code),
+        let end = self.walk_near(root, plain.gva);
+        match access_entry(self.shadow, &self.vcpu.role, end, plain.gva, (plain.kind, plain.view())) {
+            Ok(frame) => self.finish_plain(plain, frame),
+            Err(code) => self.fault_plain(plain, code),
         }
+    }
+
+    /// The end of the shadow's walk, by the way that the last one nearby has gone, if it is still true.
+    #[inline]
+    fn walk_near(&mut self, root: PageId, gva: Gva) -> (SptePos, Level) {
+        let epoch = self.shadow.memory.ways_epoch;
+        if let Some(table) = self.ways.near(root, gva, epoch) {
+            return (table.entry(gva.index(Level::PT)), Level::PT);
+        }
+        let end = self.shadow.walk_down(root, gva);
+        if end.1 == Level::PT {
+            self.ways.remember_near(root, gva, epoch, end.0.page());
+        }
+        end
     }
 
     /// The load or store itself. `None` is the zero page, which a writable entry never maps.
     #[inline]
-    fn finish_plain(&mut self, vcpu: usize, plain: &Plain, frame: Option<Gfn>) -> Ran {
-        let cpu = &mut self.vcpus[vcpu];
-        cpu.counters.x_ops += 1;
-        cpu.injected = None;
+    fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
+        self.vcpu.counters.x_ops += 1;
+        self.vcpu.injected = None;
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | plain.gva.offset());
         match (plain.kind, frame, plain.value) {
@@ -94,28 +118,22 @@ impl Vm {
     }
 
     #[inline(never)]
-    fn fault_plain(&mut self, vcpu: usize, plain: &Plain, code: ErrorCode) -> Ran {
+    fn fault_plain(&mut self, plain: &Plain, code: ErrorCode) -> Ran {
         if code.has(ErrorCode::RSVD) || self.shadow.events.wants_any() {
             return Ran::NotAtAll;
         }
-        match self.with(vcpu, |ctx| ctx.quick_fault(plain.gva, code, plain.ac)) {
+        match self.quick_fault(plain.gva, code, plain.ac) {
             Quick::No => Ran::NotAtAll,
             Quick::Protected { write_to_table } => Ran::Protected(write_to_table),
-            Quick::Mapped(pos) => self.go_on_plain(vcpu, plain, pos),
-        }
-    }
-
-    /// The access again, after its fault: by the entry that was repaired, unless KVM has to do something first.
-    #[inline]
-    fn go_on_plain(&mut self, vcpu: usize, plain: &Plain, pos: SptePos) -> Ran {
-        let cpu = &self.vcpus[vcpu];
-        if cpu.requests != Requests::default() {
-            return Ran::Again;
-        }
-        let end = (pos, Level::PT);
-        match access_entry(&mut self.shadow, &cpu.role, end, plain.gva, (plain.kind, plain.view())) {
-            Ok(frame) => self.finish_plain(vcpu, plain, frame),
-            Err(_) => Ran::Again,
+            // Unless KVM has to do something first, the access goes on by the entry that was repaired.
+            Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Ran::Again,
+            Quick::Mapped(pos) => {
+                let (end, what) = ((pos, Level::PT), (plain.kind, plain.view()));
+                match access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what) {
+                    Ok(frame) => self.finish_plain(plain, frame),
+                    Err(_) => Ran::Again,
+                }
+            }
         }
     }
 }

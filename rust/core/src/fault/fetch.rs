@@ -3,10 +3,8 @@
 use crate::config::PREFETCH;
 use crate::fault::Ctx;
 use crate::fault::page_fault::Fault;
-use crate::guest::gpte::Gpte;
 use crate::guest::walk::GuestWalk;
 use crate::memory::Host;
-use crate::mode::Mode;
 use crate::outcome::RetPf;
 use crate::role::Role;
 use crate::shadow::make::Leaf;
@@ -193,34 +191,18 @@ impl Ctx<'_> {
     }
 
     /// Fills the neighbours of a faulting entry (`FNAME(pte_prefetch)`, 6.1).
-    pub(crate) fn prefetch_around(&mut self, pos: SptePos, table: Gfn) {
+    fn prefetch_around(&mut self, pos: SptePos, table: Gfn) {
         let id = pos.page();
         if self.shadow.arena[id].level() > Level::PT {
             return;
         }
-        let view = self.shadow.page_view(id);
-        if !self.shadow.policy.prefetch(&view) {
-            return;
-        }
-        let first = pos.index() & !(PREFETCH - 1);
-        if self.shadow.arena[id].role.direct() {
-            self.prefetch_direct(id, first, pos.index());
-            return;
-        }
-        let bytes = self.vcpu.role.mode.entry_bytes;
-        let quadrant = self.shadow.arena[id].role.quadrant();
-        let contents = self.shadow.memory.host.contents(table);
-        for index in first..first + PREFETCH {
-            let at = id.entry(index);
-            if at == pos || self.shadow.spte(at).present() {
-                continue;
-            }
-            let gpte = Gpte(self.shadow.memory.host.entry_in(contents, Mode::gpte_index(quadrant, index), bytes));
-            let (go_on, flush) = self.shadow.prefetch_gpte(at, gpte, &self.vcpu.role, true);
+        if !self.shadow.arena[id].role.direct() {
+            let granted = self.shadow.arena[id].role.access();
+            let contents = self.shadow.memory.host.contents(table);
+            let flush = self.shadow.prefetch_near(pos, contents, granted, &self.vcpu.role);
             self.pay(flush);
-            if !go_on {
-                return;
-            }
+        } else if self.shadow.prefetches(id) {
+            self.prefetch_direct(id, pos.index() & !(PREFETCH - 1), pos.index());
         }
     }
 

@@ -8,10 +8,9 @@ use crate::bits::{PT_A, PT_D, PT_P};
 use crate::config::MIN_FREE_PAGES;
 use crate::cpu::permission_fault;
 use crate::fault::Ctx;
-use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::GuestWalk;
-use crate::memory::Host;
+use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
@@ -35,8 +34,11 @@ impl Ctx<'_> {
     pub(crate) fn quick_fault(&mut self, gva: Gva, code: ErrorCode, ac: bool) -> Quick {
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
         let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else { return Quick::No };
-        let (pos, guest_table) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].table);
-        let Some((gfn, access)) = self.plain_translation(way, root, gva, code, ac) else { return Quick::No };
+        let (pos, granted) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].access);
+        let contents = self.shadow.memory.host.contents(way.walk.steps[0].table);
+        let Some((gfn, access)) = self.plain_translation(contents, granted, gva, code, ac) else { return Quick::No };
+        // No request is pending, so the root is none that was zapped.
+        debug_assert!(self.shadow.is_valid(root));
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
         let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None } {
             Some(flush) => {
@@ -50,16 +52,13 @@ impl Ctx<'_> {
         };
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
-        let counters = &mut self.vcpu.counters;
-        match result {
-            RetPf::Spurious => {
-                counters.pf_spurious += 1;
-                return Quick::Mapped(pos);
-            }
-            RetPf::Fixed => counters.pf_fixed += 1,
-            _ => {}
+        self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
+        if result == RetPf::Spurious {
+            self.vcpu.counters.pf_spurious += 1;
+            return Quick::Mapped(pos);
         }
-        self.prefetch_around(pos, guest_table);
+        let flush = self.shadow.prefetch_near(pos, contents, granted, &self.vcpu.role);
+        self.pay(flush);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
@@ -85,22 +84,29 @@ impl Ctx<'_> {
 
     /// The frame and the rights that the guest gives the address; `None` if anything about it is not plain.
     #[inline]
-    fn plain_translation(&self, way: &Way, root: PageId, gva: Gva, code: ErrorCode, ac: bool) -> Option<(Gfn, Access)> {
-        let (role, step) = (&self.vcpu.role, &way.walk.steps[0]);
+    fn plain_translation(
+        &self,
+        contents: Contents,
+        granted: Access,
+        gva: Gva,
+        code: ErrorCode,
+        ac: bool,
+    ) -> Option<(Gfn, Access)> {
+        let role = &self.vcpu.role;
         let write = code.has(ErrorCode::W);
         let index = role.mode.index(gva, Level::PT);
-        let gpte = Gpte(self.shadow.memory.host.entry(step.table, index, role.mode.entry_bytes));
+        let gpte = Gpte(self.shadow.memory.host.entry_in(contents, index, role.mode.entry_bytes));
         // Without them the walk would write the entry, or the fault is the guest's own.
         let marks = if write { PT_P | PT_A | PT_D } else { PT_P | PT_A };
         if gpte.0 & marks != marks || gpte.has_reserved(role, Level::PT) || role.pke {
             return None;
         }
-        let granted = step.access.and(gpte.access());
+        let granted = granted.and(gpte.access());
         // A page that the supervisor may write although it is read-only (CR0.WP off) is not plain.
         if permission_fault(role, granted, code, ac) || write && !granted.has(Access::W) {
             return None;
         }
-        let room = self.shadow.max_pages.saturating_sub(self.shadow.used_pages) >= MIN_FREE_PAGES;
-        (room && self.shadow.is_valid(root)).then(|| (gpte.gfn(), gpte.protect_clean(granted)))
+        let room = self.shadow.max_pages >= self.shadow.used_pages + MIN_FREE_PAGES;
+        room.then(|| (gpte.gfn(), gpte.protect_clean(granted)))
     }
 }

@@ -10,6 +10,8 @@ use crate::types::{Gva, PageId};
 
 /// How many ways a vCPU remembers: one for each 2 MiB region, by its number.
 const WAYS: usize = 64;
+/// The same for walks through the shadow alone.
+const NEAR: usize = 256;
 /// Address bits of a last-level shadow table.
 const REGION_SHIFT: u32 = 21;
 
@@ -33,17 +35,28 @@ impl Way {
     }
 }
 
+/// The shadow's part of a way alone, which accesses without a fault go, too.
+#[derive(Clone, Copy, Debug)]
+struct Near {
+    region: u64,
+    epoch: u64,
+    root: PageId,
+    table: PageId,
+}
+
 /// The ways that one vCPU remembers.
 #[derive(Clone, Debug)]
 pub(crate) struct Ways {
     ways: Box<[Way; WAYS]>,
+    near: Box<[Near; NEAR]>,
 }
 
 impl Default for Ways {
     fn default() -> Self {
         // The epoch of memory is never 0.
         let none = Way { region: 0, root: PageId(0), epoch: 0, table: PageId(0), walk: GuestWalk::start() };
-        Self { ways: Box::new([none; WAYS]) }
+        let nothing = Near { region: 0, epoch: 0, root: PageId(0), table: PageId(0) };
+        Self { ways: Box::new([none; WAYS]), near: Box::new([nothing; NEAR]) }
     }
 }
 
@@ -54,6 +67,21 @@ impl Ways {
         let region = gva.0 >> REGION_SHIFT;
         let way = &self.ways[region as usize % WAYS];
         (way.region == region && way.root == root && way.epoch == epoch).then_some(way)
+    }
+
+    /// The last-level shadow table of an address below `root`, if it is remembered and still true.
+    #[inline]
+    pub(crate) fn near(&self, root: PageId, gva: Gva, epoch: u64) -> Option<PageId> {
+        let region = gva.0 >> REGION_SHIFT;
+        let near = &self.near[region as usize % NEAR];
+        (near.region == region && near.root == root && near.epoch == epoch).then_some(near.table)
+    }
+
+    /// Remembers the end of a walk through the shadow.
+    #[inline]
+    pub(crate) fn remember_near(&mut self, root: PageId, gva: Gva, epoch: u64, table: PageId) {
+        let region = gva.0 >> REGION_SHIFT;
+        self.near[region as usize % NEAR] = Near { region, epoch, root, table };
     }
 
     /// All that are still true.

@@ -32,7 +32,7 @@ pub fn access(
 ///
 /// # Errors
 /// The error code of the fault that the CPU raises.
-#[inline]
+#[inline(always)]
 pub fn access_entry(
     shadow: &mut Shadow,
     role: &CpuRole,

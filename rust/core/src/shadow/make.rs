@@ -1,10 +1,11 @@
 //! Making one shadow entry: which bits it gets, and how it takes the place of the old one.
 
 use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_PS, PT_U, PT_W};
-use crate::config::MMIO_GEN_BITS;
+use crate::config::{MMIO_GEN_BITS, PREFETCH};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
-use crate::memory::Host;
+use crate::memory::{Contents, Host};
+use crate::mode::Mode;
 use crate::outcome::RetPf;
 use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
 use crate::shadow::{Flush, Shadow};
@@ -151,6 +152,39 @@ impl Shadow {
         let spte = Spte::mmio(gfn, access, generation);
         self.events.mark_mmio_spte(sptep(pos.page(), pos.index()), gfn.0, (spte.0 & 7) as u32, generation);
         self.arena.set_spte(pos, spte);
+    }
+
+    /// Fills the neighbours of a faulting entry of a page with gptes, up to the first whose guest entry cannot be mapped
+    /// without a fault (`FNAME(pte_prefetch)`, 6.1). `contents` is the guest's table, `granted` the rights above it.
+    #[inline]
+    pub(crate) fn prefetch_near(&mut self, pos: SptePos, contents: Contents, granted: Access, role: &CpuRole) -> Flush {
+        let (id, first, bytes) = (pos.page(), pos.index() & !(PREFETCH - 1), role.mode.entry_bytes);
+        let mut owed = Flush::NONE;
+        if !self.prefetches(id) {
+            return owed;
+        }
+        let half = if bytes == 4 { self.arena[id].role.quadrant() } else { 0 };
+        for index in first..first + PREFETCH {
+            let at = id.entry(index);
+            let spte = self.spte(at);
+            if at == pos || spte.present() {
+                continue;
+            }
+            let gpte = Gpte(self.memory.host.entry_in(contents, Mode::gpte_index(half, index), bytes));
+            let usable = gpte.present() && gpte.accessed() && !gpte.has_reserved(role, Level::PT);
+            let access = gpte.protect_clean(granted.and(gpte.access()));
+            let quick = match (usable, spte == Spte::EMPTY) {
+                (false, true) => return owed,
+                (true, true) => self.set_plain_leaf(at, gpte.gfn(), access, true),
+                (_, false) => None,
+            };
+            let (go_on, flush) = quick.map_or_else(|| self.prefetch_gpte(at, gpte, role, true), |flush| (true, flush));
+            owed += flush;
+            if !go_on {
+                return owed;
+            }
+        }
+        owed
     }
 
     /// Fills an entry that is not present from a guest entry, if that needs no fault (`FNAME(prefetch_gpte)`, 6.1).

@@ -149,9 +149,17 @@ impl Shadow {
         self.events.page(kind, text, created);
     }
 
+    #[inline]
     pub(crate) fn page_view(&self, id: PageId) -> PageView {
         let page = &self.arena[id];
         PageView { gfn: page.gfn, level: page.level(), access: page.role.access() }
+    }
+
+    /// Whether faults in a page fill in the neighbours.
+    #[inline]
+    pub(crate) fn prefetches(&mut self, id: PageId) -> bool {
+        let view = self.page_view(id);
+        self.policy.prefetch(&view)
     }
 
     /// Whether a page may still be used: neither zapped nor of an old generation (`is_obsolete_sp`, 6.1).
