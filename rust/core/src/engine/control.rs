@@ -50,6 +50,18 @@ impl Ctx<'_> {
         {
             return outcome;
         }
+        match what {
+            Control::Cr3(_) | Control::Invlpg(_) => {
+                self.vcpu.counters.exits += 1;
+                let outcome = self.intercepted(what, rip);
+                self.leave(outcome)
+            }
+            _ => self.rare_control(what, rip),
+        }
+    }
+
+    #[inline(never)]
+    fn rare_control(&mut self, what: Control, rip: Option<u64>) -> Outcome {
         // The emulator hands only 32 bits of CR0 and CR4 on (emulator_set_cr, 6.1); the CPU's decoder all 64.
         let word = |value: u64| if self.shadow.config.cpu.decode_assists { value } else { value & 0xffff_ffff };
         let what = match what {
@@ -145,6 +157,7 @@ impl Ctx<'_> {
     }
 
     /// Decodes an instruction that exited for another reason than a fault.
+    #[inline(never)]
     fn decode(&mut self, rip: Option<u64>) -> Result<(), Outcome> {
         let fetched = rip.map_or(Ok(()), |rip| self.walk_for_bytes(Gva(rip), false));
         self.vcpu.counters.insn_emulation += 1;
@@ -159,6 +172,7 @@ impl Ctx<'_> {
     }
 
     /// Skips an instruction: the CPU tells the next RIP, or the decoder does.
+    #[inline(never)]
     fn skip(&mut self, rip: Option<u64>) -> Outcome {
         if self.shadow.config.cpu.nrips {
             return Outcome::done(0);
@@ -166,6 +180,7 @@ impl Ctx<'_> {
         self.decode(rip).map_or_else(|outcome| outcome, |()| Outcome::done(0))
     }
 
+    #[inline(never)]
     fn general_protection(&mut self) -> Outcome {
         self.shadow.events.inj_exception(13, 0, false);
         self.vcpu.injected = Some((13, 0));
@@ -184,6 +199,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_handle_invpcid`, 6.1.
+    #[inline(never)]
     fn invpcid(&mut self, kind: u64, descriptor: Gva) -> Result<(), Outcome> {
         if !self.shadow.config.cpu.invpcid {
             self.shadow.events.inj_exception(6, 0, false);

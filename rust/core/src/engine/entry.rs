@@ -14,6 +14,7 @@ impl Ctx<'_> {
     }
 
     /// A flush that is requested while requests are served cancels the entry, which is then made again.
+    #[inline(never)]
     fn enter_slowly(&mut self) -> bool {
         let soft_event = self.vcpu.requests.pending(Requests::EVENT);
         loop {
@@ -37,7 +38,34 @@ impl Ctx<'_> {
         }
     }
 
+    /// What a CR3 load asks for is served without a look at the rest.
     fn serve_requests(&mut self) -> bool {
+        let usual = Requests::MMU_SYNC.0 | Requests::LOAD_MMU_PGD.0 | Requests::TLB_FLUSH_CURRENT.0;
+        if self.vcpu.requests.0 & !usual != 0 {
+            return self.serve_any_requests();
+        }
+        if self.vcpu.requests.check(Requests::MMU_SYNC) && !self.nothing_to_sync() {
+            self.sync_roots();
+        }
+        // Syncing may have asked for the greater flush, which is one with this.
+        if self.vcpu.requests.0 & (Requests::TLB_FLUSH.0 | Requests::TLB_FLUSH_CURRENT.0) != 0 {
+            self.vcpu.counters.tlb_flush += 1;
+        }
+        self.vcpu.requests.0 &= !(usual | Requests::TLB_FLUSH.0);
+        true
+    }
+
+    /// A sync with nothing below the root that could be out of step, done.
+    #[inline]
+    fn nothing_to_sync(&mut self) -> bool {
+        let synced = self.vcpu.root.page().is_some_and(|id| self.shadow.arena[id].unsync_children == 0);
+        if synced {
+            self.vcpu.clear_mmio();
+        }
+        synced
+    }
+
+    fn serve_any_requests(&mut self) -> bool {
         if self.vcpu.requests.check(Requests::FREE_OBSOLETE_ROOTS) {
             let flush = self.shadow.free_obsolete_roots(self.vcpu);
             self.pay(flush);

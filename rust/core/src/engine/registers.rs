@@ -23,6 +23,7 @@ pub(super) struct Refused;
 
 impl Ctx<'_> {
     /// `kvm_set_cr0` and `kvm_post_set_cr0`, 6.1. Long mode begins and ends with paging, but not in 64-bit code.
+    #[inline(never)]
     pub(super) fn set_cr0(&mut self, value: u64) -> Result<(), Refused> {
         if value >> 32 != 0 {
             return Err(Refused);
@@ -57,6 +58,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_set_cr4` and `kvm_post_set_cr4`, 6.1. Long mode keeps PAE and LA57 as they are.
+    #[inline(never)]
     pub(super) fn set_cr4(&mut self, value: u64) -> Result<(), Refused> {
         let old = self.vcpu.regs;
         let changed = old.cr4 ^ value;
@@ -91,6 +93,7 @@ impl Ctx<'_> {
     }
 
     /// `set_efer`, 6.1. LMA follows LME and CR0.PG, and LME cannot change while paging is on.
+    #[inline(never)]
     pub(super) fn set_efer(&mut self, value: u64) -> Result<(), Refused> {
         let old = self.vcpu.regs.efer;
         let paging = self.vcpu.regs.cr0 & CR0_PG != 0;
@@ -105,6 +108,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_set_cr3`, 6.1.
+    #[inline]
     pub(super) fn set_cr3(&mut self, value: u64) -> Result<(), Refused> {
         let pcide = self.vcpu.regs.cr4 & CR4_PCIDE != 0;
         let keep = pcide && value & CR3_NOFLUSH != 0;
@@ -131,6 +135,7 @@ impl Ctx<'_> {
 
     /// What a flush of one PCID means: the current root is synced if it has it, previous ones of it are let go
     /// (`kvm_invalidate_pcid`, 6.1).
+    #[inline]
     pub(super) fn invalidate_pcid(&mut self, pcid: u64) {
         if self.vcpu.pcid() == pcid {
             self.vcpu.requests.raise(Requests::MMU_SYNC);
@@ -143,6 +148,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_mmu_new_pgd`, 6.1.
+    #[inline(never)]
     fn new_pgd(&mut self, pgd: u64) {
         let (found, flush) = self.shadow.new_pgd(self.vcpu, pgd);
         self.pay(flush);
@@ -157,6 +163,7 @@ impl Ctx<'_> {
 
     /// Reads the four PDPTEs at CR3 (`load_pdptrs`, 6.1). One that is present with reserved bits, or that cannot be read,
     /// is a #GP; a change lets the current root go, since its four pages hang on them.
+    #[inline(never)]
     pub(super) fn load_pdptrs(&mut self, cr3: u64) -> Result<(), Refused> {
         let at = Gpa(cr3 & 0xffff_ffe0);
         if self.shadow.memory.slot(at.gfn()).is_none() {

@@ -226,20 +226,19 @@ impl Host {
         entry(&self.pages[contents.0 as usize], at, bytes)
     }
 
+    /// 64 entries of 8 bytes of a table page found before, from entry `first` on, a multiple of 64.
+    #[inline]
+    #[must_use]
+    pub fn block_in(&self, contents: Contents, first: usize) -> [u64; 64] {
+        self.pages[contents.0 as usize].as_chunks().0[first / 64]
+    }
+
     /// Whether a table's page is there, and its entry `at`, found in one look.
     #[inline]
     #[must_use]
     pub fn present_and_entry(&self, gfn: Gfn, at: usize, bytes: u8) -> (bool, u64) {
         let frame = self.frames.get(gfn);
         (frame.present(), entry(&self.pages[frame.page() as usize], at, bytes))
-    }
-
-    /// 64 entries of a table page, from entry `first` on.
-    #[inline]
-    #[must_use]
-    pub fn entries(&self, gfn: Gfn, first: usize, bytes: u8) -> [u64; 64] {
-        let page = self.page(gfn);
-        std::array::from_fn(|i| entry(page, first + i, bytes))
     }
 
     /// Sets the entry `at` of a table page.

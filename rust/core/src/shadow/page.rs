@@ -161,6 +161,17 @@ impl Arena {
         *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
     }
 
+    /// All entries of a page with gptes, to change those that are not empty, and what each was made from: frame << 3 | rights.
+    ///
+    /// # Panics
+    /// If the page does not exist.
+    #[inline]
+    pub fn entries_mut(&mut self, id: PageId) -> (&mut [u64; ENTRIES], &[u64; ENTRIES]) {
+        let at = id.0 as usize * ENTRIES;
+        let sptes = self.sptes[at..].first_chunk_mut().expect("every page has its entries");
+        (sptes, self.shadowed[at..].first_chunk().expect("every page has its entries"))
+    }
+
     /// Writes a leaf of a page with gptes, with the frame and the rights that it is made from.
     #[inline]
     pub fn set_leaf(&mut self, pos: SptePos, spte: Spte, gfn: Gfn, access: Access) {

@@ -1,7 +1,7 @@
 //! Roots: loading one, the cache of previous ones, letting go of them, and syncing below them.
 
 use crate::config::PREV_ROOTS;
-use crate::cpu::{Requests, Root, Top, Vcpu};
+use crate::cpu::{CpuRole, Requests, Root, Top, Vcpu};
 use crate::guest::gpte::Gpte;
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
@@ -178,15 +178,26 @@ impl Shadow {
     pub(crate) fn invlpg(&mut self, vcpu: &mut Vcpu, gva: Gva, all: bool) -> Flush {
         vcpu.clear_mmio_page(gva);
         let mut owed = Flush::NONE;
-        if !vcpu.role.mode.has_tables() {
+        // Only an entry of an unsync page may differ from the guest's.
+        if !vcpu.role.mode.has_tables() || self.counters.mmu_unsync == 0 {
             return owed;
         }
-        for root in std::iter::once(vcpu.root).chain(vcpu.prev_roots.into_iter().filter(|_| all)) {
-            if let Some(id) = root.table(gva) {
-                owed += self.invlpg_root(id, gva, &vcpu.role);
+        owed += self.invlpg_below(&vcpu.root, gva, &vcpu.role);
+        if all {
+            for root in &vcpu.prev_roots {
+                owed += self.invlpg_below(root, gva, &vcpu.role);
             }
         }
         owed
+    }
+
+    /// INVLPG below one root.
+    #[inline]
+    fn invlpg_below(&mut self, root: &Root, gva: Gva, role: &CpuRole) -> Flush {
+        match root.table(gva) {
+            Some(id) if self.arena[id].unsync_children > 0 => self.invlpg_root(id, gva, role),
+            _ => Flush::NONE,
+        }
     }
 
     /// INVPCID of one address: the roots of that PCID (`kvm_mmu_invpcid_gva`, 6.1).
@@ -194,8 +205,8 @@ impl Shadow {
         let mut owed = Flush::NONE;
         let current = (vcpu.pcid() == pcid).then_some(&vcpu.root);
         let previous = vcpu.prev_roots.iter().filter(|root| vcpu.pcid_of(root.pgd) == pcid);
-        for id in current.into_iter().chain(previous).filter_map(|root| root.table(gva)) {
-            owed += self.invlpg_root(id, gva, &vcpu.role);
+        for root in current.into_iter().chain(previous) {
+            owed += self.invlpg_below(root, gva, &vcpu.role);
         }
         owed
     }

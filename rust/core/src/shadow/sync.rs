@@ -1,16 +1,106 @@
 //! Bringing unsync pages back into step with the guest's tables.
 
-use crate::bits::{PT_A, PT_D};
+use crate::bits::{PT_A, PT_ADDR, PT_D, PT_P, PT_U, PT_W};
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
 use crate::memory::Slot;
 use crate::mode::Mode;
 use crate::shadow::make::Leaf;
-use crate::shadow::page::Bitmap;
-use crate::shadow::spte::{HOST_WRITABLE, Spte};
+use crate::shadow::page::{Bitmap, bits};
+use crate::shadow::spte::{HOST_WRITABLE, SHADOW_PRESENT, Spte};
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
-use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
+use crate::types::{ENTRIES, Gfn, Gva, Level, PageId, SptePos};
+
+/// The short way for entries whose guest entries say what they said before: the rebuilt entry is the old one without A
+/// and D. It is most of the cost of shadow paging, so that it has a loop of its own.
+struct Keep {
+    /// The rights above the entries.
+    granted: u64,
+    /// Bits that are reserved in a guest entry of level 1.
+    reserved: u64,
+    /// What an entry loses when it is rebuilt.
+    marks: u64,
+}
+
+impl Keep {
+    /// Goes over the `used` entries of a page, 64 at a time. Returns those that were not kept, of which nothing was done, and
+    /// whether any other one lost a mark.
+    #[inline]
+    fn all(
+        &self,
+        used: &Bitmap,
+        sptes: &mut [u64; ENTRIES],
+        shadowed: &[u64; ENTRIES],
+        gptes: impl Fn(usize) -> [u64; 64],
+    ) -> (Bitmap, bool) {
+        let (mut others, mut lost) = (*used, 0);
+        let blocks = sptes.as_chunks_mut().0.iter_mut().zip(shadowed.as_chunks().0);
+        for (block, (sptes, shadowed)) in blocks.enumerate().filter(|(block, _)| used[*block] != 0) {
+            let gptes = gptes(block * 64);
+            if used[block] == !0 && self.whole_block(&gptes, sptes, shadowed, &mut lost) {
+                others[block] = 0;
+            } else {
+                others[block] &= !self.part_of_block(used[block], &gptes, sptes, shadowed, &mut lost);
+            }
+        }
+        (others, lost != 0)
+    }
+
+    /// 64 entries that are all in use, if all of them are kept. There is no branch in the loops, so that each step does
+    /// several entries.
+    #[inline(never)]
+    fn whole_block(&self, gptes: &[u64; 64], sptes: &mut [u64; 64], shadowed: &[u64; 64], lost: &mut u64) -> bool {
+        let (mut differ, mut had) = (0, 0);
+        for i in 0..64 {
+            differ |= self.differs(gptes[i], sptes[i], shadowed[i]);
+            had |= sptes[i];
+        }
+        if differ == 0 {
+            *lost |= had & self.marks;
+            for spte in sptes {
+                *spte &= !self.marks;
+            }
+        }
+        differ == 0
+    }
+
+    /// Of 64 entries those in `used`; returns which were kept.
+    fn part_of_block(
+        &self,
+        used: u64,
+        gptes: &[u64; 64],
+        sptes: &mut [u64; 64],
+        shadowed: &[u64; 64],
+        lost: &mut u64,
+    ) -> u64 {
+        let (mut rest, mut kept) = (used, 0);
+        while rest != 0 {
+            let i = rest.trailing_zeros() as usize;
+            rest &= rest - 1;
+            if self.differs(gptes[i], sptes[i], shadowed[i]) == 0 {
+                *lost |= sptes[i] & self.marks;
+                sptes[i] &= !self.marks;
+                kept |= 1 << i;
+            }
+        }
+        kept
+    }
+
+    /// No bit if the entry would be rebuilt as it is: the guest's entry is usable and maps the same frame with the same
+    /// rights, and write protection need not be asked again.
+    #[inline(always)]
+    const fn differs(&self, gpte: u64, old: u64, shadowed: u64) -> u64 {
+        let usable = PT_P | PT_A;
+        // Rights as in `Access`: W and U have their place in the entry, X takes that of P. W counts while D is set.
+        let rights = (gpte >> 63 ^ 1 | gpte & PT_U | gpte & gpte >> 5 & PT_W) & self.granted;
+        let same_w = if self.marks == 0 { 0 } else { PT_W };
+        (gpte ^ usable) & (usable | self.reserved)
+            | !old & SHADOW_PRESENT
+            | shadowed ^ ((gpte & PT_ADDR) >> 9 | rights)
+            | (rights ^ old) & same_w
+    }
+}
 
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
@@ -45,45 +135,28 @@ impl Shadow {
             return Some(false);
         }
         self.read_gpte_atomic(table, 0, bytes)?;
-        let logging = self.memory.slots().iter().any(Slot::logs_dirty);
-        let mut flush = false;
-        for (word, mut rest) in used.into_iter().enumerate().filter(|(_, rest)| *rest != 0) {
-            let gptes = self.memory.host.entries(table, Mode::gpte_index(quadrant, 64 * word), bytes);
-            while rest != 0 {
-                let bit = rest.trailing_zeros() as usize;
-                rest &= rest - 1;
-                let (pos, gpte) = (id.entry(64 * word + bit), Gpte(gptes[bit]));
-                let kept = if logging { None } else { self.keep_entry(pos, gpte, granted, role) };
-                flush |= kept.unwrap_or_else(|| self.sync_entry(pos, gpte, role));
-            }
+        let contents = self.memory.host.contents(table);
+        let (mut rest, mut flush) = (used, false);
+        if !self.memory.slots().iter().any(Slot::logs_dirty) {
+            let keep = Keep {
+                granted: granted.0.into(),
+                reserved: role.reserved[1][0],
+                marks: if self.config.kernel.sync_keeps_unchanged { 0 } else { PT_A | PT_D },
+            };
+            let (sptes, shadowed) = self.arena.entries_mut(id);
+            let host = &self.memory.host;
+            (rest, flush) = if bytes == 8 {
+                keep.all(&used, sptes, shadowed, |first| host.block_in(contents, first))
+            } else {
+                let gpte = |i| host.entry_in(contents, Mode::gpte_index(quadrant, i), 4);
+                keep.all(&used, sptes, shadowed, |first| std::array::from_fn(|i| gpte(first + i)))
+            };
+        }
+        for index in bits(&rest) {
+            let gpte = self.memory.host.entry_in(contents, Mode::gpte_index(quadrant, index), bytes);
+            flush |= self.sync_entry(id.entry(index), Gpte(gpte), role);
         }
         Some(flush)
-    }
-
-    /// The short way for an entry whose guest entry says what it said before: the rebuilt entry is the old one without
-    /// A and D. `None` if it is not so, or if write protection has to be asked again; nothing was done then.
-    #[inline]
-    fn keep_entry(&mut self, pos: SptePos, gpte: Gpte, granted: Access, role: &CpuRole) -> Option<bool> {
-        let old = self.spte(pos);
-        if !gpte.present() || !gpte.accessed() || gpte.has_reserved(role, Level::PT) || !old.present() {
-            return None;
-        }
-        let access = gpte.protect_clean(granted.and(gpte.access()));
-        if !self.arena.maps(pos, gpte.gfn(), access) {
-            return None;
-        }
-        if self.config.kernel.sync_keeps_unchanged {
-            return Some(false);
-        }
-        if access.has(Access::W) != old.writable() {
-            return None;
-        }
-        let new = Spte(old.0 & !(PT_A | PT_D));
-        if new == old {
-            return Some(false);
-        }
-        self.arena.update_spte(pos, new);
-        Some(true)
     }
 
     fn sync_entry(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole) -> bool {

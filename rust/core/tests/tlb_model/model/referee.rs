@@ -215,7 +215,7 @@ impl Referee {
                 continue;
             }
             for first in (0..512).step_by(64) {
-                let new = vm.shadow().memory.host.entries(Gfn(*gfn), first, 8);
+                let new: [u64; 64] = std::array::from_fn(|i| vm.shadow().memory.host.entry(Gfn(*gfn), first + i, 8));
                 let Some(words) = self.memory.frame(*gfn) else { continue };
                 if new[..] == words[first..first + 64] {
                     continue;
