@@ -5,7 +5,7 @@ use crate::cpu::CpuView;
 use crate::engine::Vm;
 use crate::engine::plain::{Plain, Ran};
 use crate::fault::insn::{Action, Insn, mask, slice};
-use crate::fault::{After, Ctx};
+use crate::fault::{After, Ctx, GuestFault};
 use crate::hw::walk::access;
 use crate::outcome::{Outcome, RetPf, Status};
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva};
@@ -29,8 +29,8 @@ impl Vm {
     /// The rest of an instruction that came so far as a plain access.
     #[inline]
     pub(crate) fn execute_after(&mut self, vcpu: usize, insn: &Insn, ran: Ran) -> Outcome {
-        if let Ran::Done(value) = ran {
-            return Outcome::done(value);
+        if let Ran::Ended(outcome) = ran {
+            return outcome;
         }
         self.begin(vcpu);
         let outcome = self.with(vcpu, |ctx| match (insn.action, insn.rip) {
@@ -75,7 +75,8 @@ impl Ctx<'_> {
                 let after = self.not_mapped(insn, insn.gva, RetPf::WriteProtected, write_to_table);
                 Some(self.leave_if_finished(after))
             }
-            Ran::NotAtAll | Ran::Done(_) => None,
+            Ran::Ended(outcome) => return outcome,
+            Ran::NotAtAll => None,
         };
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
         for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {
@@ -123,6 +124,12 @@ impl Ctx<'_> {
         let who = if operand { rest } else { fetch_of(&rest) };
         let after = self.handle_page_fault(&who, gva, code);
         Err(self.leave_if_finished(after))
+    }
+
+    /// The guest gets a fault of its own.
+    pub(crate) fn reflect(&mut self, fault: GuestFault) -> Outcome {
+        let outcome = self.inject(fault);
+        self.leave(outcome)
     }
 
     fn leave_if_finished(&mut self, after: After) -> After {

@@ -9,7 +9,9 @@ use crate::engine::Vm;
 use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::quick::Quick;
+use crate::fault::GuestFault;
 use crate::hw::walk::access_entry;
+use crate::outcome::Outcome;
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
 
 /// What a plain access needs to know of an instruction; everything else about it has its default.
@@ -27,8 +29,8 @@ pub(crate) struct Plain {
 /// How far a plain access came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Ran {
-    /// It is done; the value is what it loaded.
-    Done(u64),
+    /// It is over.
+    Ended(Outcome),
     /// Nothing was done.
     NotAtAll,
     /// A fault was handled in full, and the instruction runs again.
@@ -108,13 +110,22 @@ impl Ctx<'_> {
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | plain.gva.offset());
         match (plain.kind, frame, plain.value) {
-            (AccessKind::Read, Some(_), Some(_)) => Ran::Done(self.shadow.memory.host.read(gpa, plain.size)),
+            (AccessKind::Read, Some(_), Some(_)) => Ran::Ended(Outcome::done(self.shadow.memory.host.read(gpa, plain.size))),
             (AccessKind::Write, Some(_), Some(value)) => {
                 self.shadow.memory.host.write(gpa, plain.size, value);
-                Ran::Done(0)
+                Ran::Ended(Outcome::done(0))
             }
-            _ => Ran::Done(0),
+            _ => Ran::Ended(Outcome::done(0)),
         }
+    }
+
+    /// The guest gets a fault of its own.
+    fn reflect_plain(&mut self, fault: GuestFault) -> Ran {
+        self.vcpu.counters.x_ops += 1;
+        self.vcpu.injected = None;
+        let outcome = self.reflect(fault);
+        self.shadow.events.op += 1;
+        Ran::Ended(outcome)
     }
 
     #[inline(never)]
@@ -124,6 +135,7 @@ impl Ctx<'_> {
         }
         match self.quick_fault(plain.gva, code, plain.ac) {
             Quick::No => Ran::NotAtAll,
+            Quick::Guest(fault) => self.reflect_plain(fault),
             Quick::Protected { write_to_table } => Ran::Protected(write_to_table),
             // Unless KVM has to do something first, the access goes on by the entry that was repaired.
             Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Ran::Again,

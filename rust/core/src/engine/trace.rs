@@ -55,8 +55,8 @@ impl Vm {
     pub fn step(&mut self, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
         let vcpu = usize::from(row.vcpu);
         let ran = plain_of(row, options).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
-        if let Ran::Done(value) = ran {
-            return Ok(Outcome::done(value));
+        if let Ran::Ended(outcome) = ran {
+            return Ok(outcome);
         }
         let fail = |reason: String| TraceError { index, reason };
         self.check_vcpu(vcpu).map_err(|e| fail(e.0))?;

@@ -13,7 +13,8 @@ pub(crate) mod ways;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
 use crate::cpu::{CpuView, Requests, Vcpu};
-use crate::guest::walk::{GuestFault, GuestWalk, Walker, walk_addr};
+pub(crate) use crate::guest::walk::GuestFault;
+use crate::guest::walk::{GuestWalk, Walker, walk_addr};
 use crate::memory::HostState;
 use crate::mode::{LEVEL4, LEVEL5};
 use crate::outcome::{Outcome, Status};

@@ -4,12 +4,12 @@
 //! looks first and changes nothing until all is known. It raises no events, so it is not taken while any are recorded;
 //! tests/props compares the two.
 
-use crate::bits::{PT_A, PT_D, PT_P};
+use crate::bits::{PT_A, PT_D};
 use crate::config::MIN_FREE_PAGES;
 use crate::cpu::permission_fault;
 use crate::fault::Ctx;
 use crate::guest::gpte::Gpte;
-use crate::guest::walk::GuestWalk;
+use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
@@ -21,11 +21,23 @@ use crate::types::{Access, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
 pub(crate) enum Quick {
     /// It did not take it; nothing was done.
     No,
+    /// The guest forbids the access; it is to get this fault. The exit is counted.
+    Guest(GuestFault),
     /// The entry there maps the page now, or did already.
     Mapped(SptePos),
     /// The page is write-protected; the store goes to a table of its own walk or not. Its exit is counted, the rest is
     /// to be done.
     Protected { write_to_table: bool },
+}
+
+/// What the guest says of an address.
+enum Translation {
+    /// The frame, and the rights that it gives.
+    Page(Gfn, Access),
+    /// A fault; P and RSVD of its code.
+    Fault(ErrorCode),
+    /// Nothing plain.
+    Other,
 }
 
 impl Ctx<'_> {
@@ -36,7 +48,11 @@ impl Ctx<'_> {
         let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else { return Quick::No };
         let (pos, granted) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].access);
         let contents = self.shadow.memory.host.contents(way.walk.steps[0].table);
-        let Some((gfn, access)) = self.plain_translation(contents, granted, gva, code, ac) else { return Quick::No };
+        let (gfn, access) = match self.plain_translation(contents, granted, gva, code, ac) {
+            Translation::Page(gfn, access) => (gfn, access),
+            Translation::Fault(base) => return self.guest_fault(gva, base, code),
+            Translation::Other => return Quick::No,
+        };
         // No request is pending, so the root is none that was zapped.
         debug_assert!(self.shadow.is_valid(root));
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
@@ -62,6 +78,12 @@ impl Ctx<'_> {
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
+    fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> Quick {
+        self.count_fault(code);
+        self.vcpu.counters.pf_taken += 1;
+        Quick::Guest(GuestFault { address: gva, code: fault_code(&self.vcpu.role, base, code) })
+    }
+
     #[cold]
     fn protected(&self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
         let walk = self.ways.find(root, gva, self.shadow.memory.ways_epoch).map(|way| way.walk);
@@ -82,7 +104,7 @@ impl Ctx<'_> {
         Some(result)
     }
 
-    /// The frame and the rights that the guest gives the address; `None` if anything about it is not plain.
+    /// What the guest's last-level entry says.
     #[inline]
     fn plain_translation(
         &self,
@@ -91,22 +113,28 @@ impl Ctx<'_> {
         gva: Gva,
         code: ErrorCode,
         ac: bool,
-    ) -> Option<(Gfn, Access)> {
+    ) -> Translation {
         let role = &self.vcpu.role;
         let write = code.has(ErrorCode::W);
         let index = role.mode.index(gva, Level::PT);
         let gpte = Gpte(self.shadow.memory.host.entry_in(contents, index, role.mode.entry_bytes));
-        // Without them the walk would write the entry, or the fault is the guest's own.
-        let marks = if write { PT_P | PT_A | PT_D } else { PT_P | PT_A };
-        if gpte.0 & marks != marks || gpte.has_reserved(role, Level::PT) || role.pke {
-            return None;
+        if !gpte.present() {
+            return Translation::Fault(ErrorCode(0));
+        }
+        if gpte.has_reserved(role, Level::PT) {
+            return Translation::Fault(ErrorCode::P.with(ErrorCode::RSVD));
         }
         let granted = granted.and(gpte.access());
-        // A page that the supervisor may write although it is read-only (CR0.WP off) is not plain.
-        if permission_fault(role, granted, code, ac) || write && !granted.has(Access::W) {
-            return None;
+        if permission_fault(role, granted, code, ac) {
+            return Translation::Fault(ErrorCode::P);
         }
+        // Without the marks the walk would write the entry. A page that the supervisor may write although it is read-only
+        // (CR0.WP off) becomes another page.
+        let marks = if write { PT_A | PT_D } else { PT_A };
         let room = self.shadow.max_pages >= self.shadow.used_pages + MIN_FREE_PAGES;
-        room.then(|| (gpte.gfn(), gpte.protect_clean(granted)))
+        if gpte.0 & marks != marks || write && !granted.has(Access::W) || !room {
+            return Translation::Other;
+        }
+        Translation::Page(gpte.gfn(), gpte.protect_clean(granted))
     }
 }

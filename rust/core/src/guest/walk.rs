@@ -130,8 +130,9 @@ pub fn walk_addr(
     }
 }
 
-/// The whole code of a fault of which P and RSVD are known.
-fn fault_code(role: &CpuRole, base: ErrorCode, access: ErrorCode) -> ErrorCode {
+/// The whole code of a fault of which P and RSVD are known (`walk_addr_generic`, 6.1).
+#[must_use]
+pub const fn fault_code(role: &CpuRole, base: ErrorCode, access: ErrorCode) -> ErrorCode {
     let fetch = access.has(ErrorCode::F) && (role.nx || role.smep);
     base.with(ErrorCode(access.0 & (ErrorCode::W.0 | ErrorCode::U.0))).with(ErrorCode::F.when(fetch))
 }
