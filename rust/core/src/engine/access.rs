@@ -3,8 +3,9 @@
 use crate::config::MAX_RESUMES;
 use crate::cpu::CpuView;
 use crate::engine::Vm;
-use crate::engine::plain::{Plain, Ran};
+use crate::engine::plain::Ran;
 use crate::fault::insn::{Action, Insn, mask, slice};
+use crate::fault::quick::Plain;
 use crate::fault::{After, Ctx, GuestFault};
 use crate::hw::walk::access;
 use crate::outcome::{Outcome, RetPf, Status};

@@ -4,27 +4,13 @@
 //! the shadow allows is a walk and a copy; one that a fault must repair first takes the short way of `fault::quick`.
 //! Whatever is not plain after all is left to `engine::access`, as if nothing had been tried.
 
-use crate::cpu::{CpuView, Requests};
+use crate::cpu::Requests;
 use crate::engine::Vm;
 use crate::fault::Ctx;
-use crate::fault::insn::{Action, Insn};
-use crate::fault::quick::Quick;
-use crate::fault::GuestFault;
+use crate::fault::quick::{Plain, Quick};
 use crate::hw::walk::access_entry;
 use crate::outcome::Outcome;
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
-
-/// What a plain access needs to know of an instruction; everything else about it has its default.
-#[derive(Clone, Copy)]
-pub(crate) struct Plain {
-    pub gva: Gva,
-    pub size: u8,
-    pub kind: AccessKind,
-    pub user: bool,
-    pub ac: bool,
-    /// The value that a store stores; `None` leaves memory as it is, or does not want what a load loads.
-    pub value: Option<u64>,
-}
 
 /// How far a plain access came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,28 +23,6 @@ pub(crate) enum Ran {
     Again,
     /// A fault was handled to where the store turned out to be write-protected; it goes to one of its own tables or not.
     Protected(bool),
-}
-
-impl Plain {
-    /// The instruction as a plain access.
-    #[inline]
-    pub(crate) const fn of(insn: &Insn) -> Option<Self> {
-        let kind = match insn.action {
-            Action::Load => AccessKind::Read,
-            Action::Store => AccessKind::Write,
-            Action::Fetch => AccessKind::Fetch,
-            Action::Rmw(_) | Action::Copy => return None,
-        };
-        if insn.rip.is_some() || insn.delivery || insn.system || insn.rep || insn.repeat != 1 || insn.size > 8 {
-            return None;
-        }
-        let value = if insn.keep { None } else { Some(insn.value) };
-        Some(Self { gva: insn.gva, size: insn.size, kind, user: insn.user, ac: insn.ac, value })
-    }
-
-    const fn view(&self) -> CpuView {
-        CpuView { user: self.user, smap_holds: !self.ac, rsvd_sets_p: true, key0: 0 }
-    }
 }
 
 impl Vm {
@@ -110,7 +74,9 @@ impl Ctx<'_> {
         self.shadow.events.op += 1;
         let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | plain.gva.offset());
         match (plain.kind, frame, plain.value) {
-            (AccessKind::Read, Some(_), Some(_)) => Ran::Ended(Outcome::done(self.shadow.memory.host.read(gpa, plain.size))),
+            (AccessKind::Read, Some(_), Some(_)) => {
+                Ran::Ended(Outcome::done(self.shadow.memory.host.read(gpa, plain.size)))
+            }
             (AccessKind::Write, Some(_), Some(value)) => {
                 self.shadow.memory.host.write(gpa, plain.size, value);
                 Ran::Ended(Outcome::done(0))
@@ -119,11 +85,12 @@ impl Ctx<'_> {
         }
     }
 
-    /// The guest gets a fault of its own.
-    fn reflect_plain(&mut self, fault: GuestFault) -> Ran {
+    /// The access ends with something else than its own load or store.
+    #[inline]
+    fn end_plain(&mut self, end: impl FnOnce(&mut Self) -> Outcome) -> Ran {
         self.vcpu.counters.x_ops += 1;
         self.vcpu.injected = None;
-        let outcome = self.reflect(fault);
+        let outcome = end(self);
         self.shadow.events.op += 1;
         Ran::Ended(outcome)
     }
@@ -133,9 +100,10 @@ impl Ctx<'_> {
         if code.has(ErrorCode::RSVD) || self.shadow.events.wants_any() {
             return Ran::NotAtAll;
         }
-        match self.quick_fault(plain.gva, code, plain.ac) {
+        match self.quick_fault(plain, code) {
             Quick::No => Ran::NotAtAll,
-            Quick::Guest(fault) => self.reflect_plain(fault),
+            Quick::Guest(fault) => self.end_plain(|ctx| ctx.reflect(fault)),
+            Quick::Stored => self.end_plain(|ctx| ctx.leave(Outcome::done(0))),
             Quick::Protected { write_to_table } => Ran::Protected(write_to_table),
             // Unless KVM has to do something first, the access goes on by the entry that was repaired.
             Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Ran::Again,

@@ -1,9 +1,10 @@
 //! Running a trace: a loop over [`Vm::step`], and one row's way to its operation.
 
-use crate::engine::plain::{Plain, Ran};
+use crate::engine::plain::Ran;
 use crate::engine::{Control, Vm};
 use crate::error::TraceError;
 use crate::fault::insn::{Action, Insn, RmwKind};
+use crate::fault::quick::Plain;
 use crate::ops::{
     FLAG_AC, FLAG_DELIVERY, FLAG_FAULTS, FLAG_IMPLICIT, FLAG_KEEP, FLAG_MMIO, FLAG_USER, OpCode, ROW_BYTES, Row,
 };
@@ -209,6 +210,7 @@ fn plain_of(row: &Row, options: &RunOptions<'_>) -> Option<Plain> {
         kind,
         user: row.flags & FLAG_USER != 0,
         ac: row.flags & FLAG_AC != 0,
+        writes_tables: writes_tables(row.op),
         value: wanted.then_some(row.value),
     })
 }

@@ -212,7 +212,7 @@ impl Ctx<'_> {
             }
             let part = slice(insn.wide(value), done, size);
             match self.locate(insn, gva, true)? {
-                Operand::Ram(gpa) => self.write_ram(insn, gpa, size, part),
+                Operand::Ram(gpa) => self.write_ram(insn.keep, gpa, size, part),
                 Operand::Mmio(gpa) => {
                     effect.mmio.get_or_insert(gpa.0);
                     self.shadow.events.mmio(2, size, gpa, part as u64);
@@ -223,11 +223,13 @@ impl Ctx<'_> {
         Ok(())
     }
 
-    fn write_ram(&mut self, insn: &Insn, gpa: Gpa, size: u8, value: u128) {
+    #[inline]
+    pub(crate) fn write_ram(&mut self, keep: bool, gpa: Gpa, size: u8, value: u128) {
         self.host_makes_writable(gpa.gfn());
-        if !insn.keep {
+        if !keep {
             self.shadow.memory.host.write_wide(gpa, size, value);
-            self.shadow.memory.ways_epoch += 1;
+            // The shadow of the entry goes, and with it every way through it; of an entry where the store only ends it stays.
+            self.shadow.memory.ways_epoch += u64::from(gpa.0 % 8 + u64::from(size) > 8);
         }
         self.shadow.memory.mark_dirty(gpa.gfn());
         let flush = self.shadow.pte_write(gpa, size, self.vcpu.regs.cr4 & CR4_PAE != 0);
@@ -254,10 +256,10 @@ impl Ctx<'_> {
             effect.again = true;
             return Ok(());
         }
-        self.write_ram(insn, gpa, insn.size, u128::from(new));
+        self.write_ram(insn.keep, gpa, insn.size, u128::from(new));
         Ok(())
     }
 }
 
 /// The frame of the local APIC's default page.
-const APIC_GFN: u64 = 0xfee00;
+pub(crate) const APIC_GFN: u64 = 0xfee00;

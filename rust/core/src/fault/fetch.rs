@@ -28,8 +28,10 @@ impl Ctx<'_> {
         if walk.level == Level::PT
             && let Some(way) = self.ways.find(root, fault.gva, self.shadow.memory.ways_epoch)
         {
-            // All links are there, and no write was counted since they were last used.
-            return self.map((way.table, Level::PT), fault, walk.pte_access, walk.steps[0].table);
+            // All links are there.
+            let table = way.table;
+            self.forget_floods(root, fault.gva);
+            return self.map((table, Level::PT), fault, walk.pte_access, walk.steps[0].table);
         }
         let top = self.vcpu.role.mode.top;
         if self.gpte_changed(fault, walk, top) {
@@ -43,7 +45,7 @@ impl Ctx<'_> {
             }
         }
         if walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top) {
-            self.ways.remember(root, fault.gva, self.shadow.memory.ways_epoch, id, walk);
+            self.ways.remember(root, fault.gva, self.shadow, id, walk);
         }
         self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }

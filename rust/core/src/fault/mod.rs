@@ -19,7 +19,7 @@ use crate::memory::HostState;
 use crate::mode::{LEVEL4, LEVEL5};
 use crate::outcome::{Outcome, Status};
 use crate::shadow::{Flush, Shadow};
-use crate::types::{ErrorCode, Gfn, Gpa, Gva};
+use crate::types::{ErrorCode, Gfn, Gpa, Gva, PageId};
 use insn::Insn;
 use ways::Ways;
 
@@ -89,8 +89,25 @@ impl Ctx<'_> {
         if !self.vcpu.role.mode.has_tables() {
             return Ok(GuestWalk::flat(gva));
         }
-        let mut walk = GuestWalk::start();
+        let mut walk = self.walk_begun(gva);
         self.walk_tables(gva, access, ac, &mut walk).map(|()| walk)
+    }
+
+    /// A walk for an address: at its beginning, or where the last fault nearby has come to.
+    #[inline]
+    pub(crate) fn walk_begun(&self, gva: Gva) -> GuestWalk {
+        let root = self.vcpu.root.page();
+        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow.memory.ways_epoch));
+        way.map_or(GuestWalk::start(), |way| way.walk)
+    }
+
+    /// A fault goes the way of an address: what was counted against the pages on it is forgotten
+    /// (`__clear_sp_write_flooding_count` in `FNAME(fetch)`, 6.1).
+    #[inline]
+    pub(crate) fn forget_floods(&mut self, root: PageId, gva: Gva) {
+        if self.ways.floods_moved(gva, self.shadow.floods) {
+            self.shadow.clear_flood_path(root, gva);
+        }
     }
 
     /// The same where paging is on, from where `walk` stands; what it finds goes there, too.

@@ -137,8 +137,7 @@ impl Ctx<'_> {
 
     fn page_fault(&mut self, insn: &Insn, gva: Gva, code: ErrorCode, write_to_table: &mut bool) -> Handled {
         let root = self.vcpu.root.table(gva);
-        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow.memory.ways_epoch));
-        let mut walk = way.map_or(GuestWalk::start(), |way| way.walk);
+        let mut walk = self.walk_begun(gva);
         if let Err(fault) = self.walk_tables(gva, code, insn.ac, &mut walk) {
             return Handled::Guest(fault);
         }

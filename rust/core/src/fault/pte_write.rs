@@ -46,6 +46,7 @@ impl Shadow {
             return false;
         }
         self.arena[id].flood += 1;
+        self.floods += 1;
         let view = self.page_view(id);
         self.arena[id].flood >= self.policy.flood_threshold(&view)
     }

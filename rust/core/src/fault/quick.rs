@@ -6,15 +6,55 @@
 
 use crate::bits::{PT_A, PT_D};
 use crate::config::MIN_FREE_PAGES;
-use crate::cpu::permission_fault;
+use crate::cpu::{CpuView, permission_fault};
 use crate::fault::Ctx;
+use crate::fault::emulate::APIC_GFN;
+use crate::fault::insn::{Action, Insn};
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
-use crate::types::{Access, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
+use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
+
+/// What a plain access needs to know of an instruction; everything else about it has its default.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain {
+    pub gva: Gva,
+    pub size: u8,
+    pub kind: AccessKind,
+    pub user: bool,
+    pub ac: bool,
+    /// KVM counts the store as one that writes page tables (`page_table_writing_insn`, 6.1).
+    pub writes_tables: bool,
+    /// The value that a store stores; `None` leaves memory as it is, or does not want what a load loads.
+    pub value: Option<u64>,
+}
+
+impl Plain {
+    /// The instruction as a plain access.
+    #[inline]
+    pub(crate) const fn of(insn: &Insn) -> Option<Self> {
+        let kind = match insn.action {
+            Action::Load => AccessKind::Read,
+            Action::Store => AccessKind::Write,
+            Action::Fetch => AccessKind::Fetch,
+            Action::Rmw(_) | Action::Copy => return None,
+        };
+        if insn.rip.is_some() || insn.delivery || insn.system || insn.rep || insn.repeat != 1 || insn.size > 8 {
+            return None;
+        }
+        let value = if insn.keep { None } else { Some(insn.value) };
+        let (gva, size, user, ac, writes_tables) = (insn.gva, insn.size, insn.user, insn.ac, insn.writes_tables);
+        Some(Self { gva, size, kind, user, ac, writes_tables, value })
+    }
+
+    #[inline]
+    pub(crate) const fn view(&self) -> CpuView {
+        CpuView { user: self.user, smap_holds: !self.ac, rsvd_sets_p: true, key0: 0 }
+    }
+}
 
 /// How a fault ended on the short way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +65,8 @@ pub(crate) enum Quick {
     Guest(GuestFault),
     /// The entry there maps the page now, or did already.
     Mapped(SptePos),
+    /// The store was emulated; the guest is to be entered.
+    Stored,
     /// The page is write-protected; the store goes to a table of its own walk or not. Its exit is counted, the rest is
     /// to be done.
     Protected { write_to_table: bool },
@@ -43,18 +85,22 @@ enum Translation {
 impl Ctx<'_> {
     /// Handles the fault of an access, if everything about it is plain. `code` has no RSVD, and no events are recorded.
     #[inline]
-    pub(crate) fn quick_fault(&mut self, gva: Gva, code: ErrorCode, ac: bool) -> Quick {
+    pub(crate) fn quick_fault(&mut self, plain: &Plain, code: ErrorCode) -> Quick {
+        let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
         let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else { return Quick::No };
         let (pos, granted) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].access);
         let contents = self.shadow.memory.host.contents(way.walk.steps[0].table);
-        let (gfn, access) = match self.plain_translation(contents, granted, gva, code, ac) {
+        let (gfn, access) = match self.plain_translation(contents, granted, gva, code, plain.ac) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return self.guest_fault(gva, base, code),
             Translation::Other => return Quick::No,
         };
         // No request is pending, so the root is none that was zapped.
         debug_assert!(self.shadow.is_valid(root));
+        if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
+            return self.quick_store(plain, root, gfn, code);
+        }
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
         let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None } {
             Some(flush) => {
@@ -66,6 +112,7 @@ impl Ctx<'_> {
                 None => return Quick::No,
             },
         };
+        self.forget_floods(root, gva);
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
@@ -76,6 +123,26 @@ impl Ctx<'_> {
         let flush = self.shadow.prefetch_near(pos, contents, granted, &self.vcpu.role);
         self.pay(flush);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
+    }
+
+    /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
+    fn quick_store(&mut self, plain: &Plain, root: PageId, gfn: Gfn, code: ErrorCode) -> Quick {
+        let generation = self.shadow.memory.generation;
+        let device = self.vcpu.mmio_matches(plain.gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation);
+        let ram = self.shadow.memory.slot(gfn).is_some_and(|slot| !slot.readonly) && gfn.0 != APIC_GFN;
+        let Some(value) = plain.value.filter(|_| plain.writes_tables && ram && !device) else { return Quick::No };
+        self.count_fault(code);
+        let counters = &mut self.vcpu.counters;
+        counters.pf_taken += 1;
+        counters.pf_emulate += 1;
+        counters.insn_emulation += 1;
+        self.shadow.clear_flood_path(root, plain.gva);
+        // Of the place where an instruction was last resumed only 6.12 still knows after another write, if it is this one.
+        if !self.shadow.config.kernel.retry_needs_zap || self.vcpu.last_retry != (0, plain.gva.0) {
+            self.vcpu.last_retry = (0, 0);
+        }
+        self.write_ram(false, Gpa(gfn.gpa().0 | plain.gva.offset()), plain.size, u128::from(value));
+        Quick::Stored
     }
 
     fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> Quick {
@@ -93,9 +160,8 @@ impl Ctx<'_> {
     /// The leaf where an entry is already, or a table lies in the page.
     fn set_quick_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, code: ErrorCode) -> Option<RetPf> {
         let write = code.has(ErrorCode::W);
-        let slot = self.shadow.memory.slot(gfn).filter(|slot| !slot.readonly)?;
-        let tracked = write && code.has(ErrorCode::P) && slot.track(gfn) != 0;
-        if tracked || !self.shadow.memory.host.state(gfn).writable() {
+        let slot = self.shadow.memory.slot(gfn)?;
+        if slot.readonly || !self.shadow.memory.host.state(gfn).writable() {
             return None;
         }
         let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: false, write };

@@ -2,10 +2,12 @@
 //!
 //! While nothing moves [`Memory::ways_epoch`](crate::memory::Memory), the upper tables of an address stay what they were:
 //! the guest's are write-tracked as long as the shadow links them, so that no store reaches them unseen, and every
-//! change of a link, of a slot, or of memory by anybody but the CPU moves the epoch. So a fault can begin its walks at
+//! change of a link, of a slot, or of memory by the host moves the epoch (a store that is emulated takes the links of the
+//! entry that it hits away). So a fault can begin its walks at
 //! the last-level table. It is no part of KVM and changes nothing but the time that a fault takes.
 
 use crate::guest::walk::GuestWalk;
+use crate::shadow::Shadow;
 use crate::types::{Gva, PageId};
 
 /// How many ways a vCPU remembers: one for each 2 MiB region, by its number.
@@ -24,6 +26,8 @@ pub(crate) struct Way {
     epoch: u64,
     /// The shadow table.
     pub table: PageId,
+    /// The count of writes against pages when those against the pages on this way were last forgotten.
+    floods: u64,
     /// The guest's walk down to its last-level table; every entry on it has A.
     pub walk: GuestWalk,
 }
@@ -54,7 +58,7 @@ pub(crate) struct Ways {
 impl Default for Ways {
     fn default() -> Self {
         // The epoch of memory is never 0.
-        let none = Way { region: 0, root: PageId(0), epoch: 0, table: PageId(0), walk: GuestWalk::start() };
+        let none = Way { region: 0, root: PageId(0), epoch: 0, table: PageId(0), floods: 0, walk: GuestWalk::start() };
         let nothing = Near { region: 0, epoch: 0, root: PageId(0), table: PageId(0) };
         Self { ways: Box::new([none; WAYS]), near: Box::new([nothing; NEAR]) }
     }
@@ -91,9 +95,17 @@ impl Ways {
 
     /// Remembers a way that a fault has gone to its end: `walk` is the guest's, `table` the shadow table that holds the
     /// leaf.
-    pub(crate) fn remember(&mut self, root: PageId, gva: Gva, epoch: u64, table: PageId, walk: &GuestWalk) {
+    pub(crate) fn remember(&mut self, root: PageId, gva: Gva, shadow: &Shadow, table: PageId, walk: &GuestWalk) {
         let region = gva.0 >> REGION_SHIFT;
-        self.ways[region as usize % WAYS] = Way { region, root, epoch, table, walk: *walk };
+        let (epoch, floods) = (shadow.memory.ways_epoch, shadow.floods);
+        self.ways[region as usize % WAYS] = Way { region, root, epoch, table, floods, walk: *walk };
+    }
+
+    /// Whether a write was counted against a page since a fault last went the way of an address. It goes it now.
+    #[inline]
+    pub(crate) fn floods_moved(&mut self, gva: Gva, floods: u64) -> bool {
+        let way = &mut self.ways[(gva.0 >> REGION_SHIFT) as usize % WAYS];
+        std::mem::replace(&mut way.floods, floods) != floods
     }
 
     /// Forgets everything: walks obey other rules now.

@@ -86,6 +86,8 @@ pub struct Shadow {
     pub(crate) indirect_pages: u64,
     /// How dirty logs are read.
     pub(crate) manual_dirty: ManualDirty,
+    /// Moves with each write that is counted against a page.
+    pub(crate) floods: u64,
     /// Moves with each MMU notifier; a fault during which it moved is retried.
     pub(crate) invalidate_seq: u64,
 }
@@ -108,6 +110,7 @@ impl Shadow {
             quota_is_set: false,
             indirect_pages: 0,
             manual_dirty: ManualDirty::default(),
+            floods: 0,
             invalidate_seq: 0,
         }
     }
