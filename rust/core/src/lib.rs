@@ -4,7 +4,7 @@
 //! No I/O, no clock, no randomness, no Python. The arrows (left may never import right; checked by `tests/arrows.rs`):
 //!
 //! ```text
-//! types bits | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | shadow | hw | fault |
+//! types bits | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | image | shadow | hw | fault |
 //! engine | audit
 //! ```
 //!
@@ -22,6 +22,7 @@ pub mod events;
 pub mod fault;
 pub mod guest;
 pub mod hw;
+pub mod image;
 pub mod kernel;
 pub mod memory;
 pub mod mode;

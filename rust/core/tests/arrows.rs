@@ -16,6 +16,7 @@ const LAYERS: &[&[&str]] = &[
     &["mode"], // the control registers select it
     &["cpu"],
     &["guest"],
+    &["image"],
     &["shadow"],
     &["hw"],
     &["fault"],

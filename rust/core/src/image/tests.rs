@@ -1,0 +1,119 @@
+use super::*;
+use crate::types::Gva;
+
+const P: u64 = 0x67;
+
+fn image(entries: &[(u64, u64)], size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    for (gpa, entry) in entries {
+        bytes[*gpa as usize..][..8].copy_from_slice(&entry.to_le_bytes());
+    }
+    bytes
+}
+
+fn found(bytes: &[u8], mode: &str, rules: &Rules, gva: u64) -> (Found, Vec<Step>) {
+    let viewer = Viewer::new(mode, rules).unwrap();
+    let mut steps = Vec::new();
+    let found = viewer.walk(&Segment { base: 0, bytes }, 0x1000, Gva(gva), |step| steps.push(step));
+    (found, steps)
+}
+
+fn four_levels() -> Vec<u8> {
+    image(
+        &[
+            (0x1000, 0x2000 | P),
+            (0x2000, 0x3000 | P),
+            (0x3000, 0x4000 | P),
+            (0x3008, 0x20_0000 | 0xe7 | 1 << 8),
+            (0x4000, 0x9000 | P),
+            (0x4008, 1 << 63 | 0x8000 | 0x21),
+            (0x4018, 1 << 52 | 0x8000 | P),
+            (0x1008, 0x7_0000_0000 | P),
+        ],
+        0x6000,
+    )
+}
+
+#[test]
+fn a_walk_tells_its_steps_and_its_end() {
+    let (at, steps) = found(&four_levels(), "4-level", &Rules::default(), 0x123);
+    assert_eq!(at, Found { gpa: 0x9123, level: 1, flags: 7 | 8 | 16, fault: Fault::None });
+    assert_eq!(steps.iter().map(|s| (s.level, s.table)).collect::<Vec<_>>(), [
+        (4, 0x1000),
+        (3, 0x2000),
+        (2, 0x3000),
+        (1, 0x4000)
+    ]);
+    let (large, _) = found(&four_levels(), "4-level", &Rules::default(), 0x20_1234);
+    assert_eq!(large, Found { gpa: 0x20_1234, level: 2, flags: 7 | 8 | 16 | 32, fault: Fault::None });
+}
+
+#[test]
+fn each_end_has_its_fault_and_its_level() {
+    let fault = |rules: &Rules, gva| {
+        let found = found(&four_levels(), "4-level", rules, gva).0;
+        (found.fault, found.level)
+    };
+    let plain = Rules::default();
+    assert_eq!(fault(&plain, 0x2000), (Fault::NotPresent, 1));
+    assert_eq!(fault(&plain, 1 << 39), (Fault::NotInImage, 3));
+    assert_eq!(fault(&plain, 1 << 47), (Fault::NotCanonical, 0));
+    assert_eq!(fault(&Rules { maxphyaddr: 40, ..plain }, 0x3000), (Fault::None, 1), "bit 52 is ignored");
+    let write = Rules { kind: AccessKind::Write, ..plain };
+    assert_eq!(fault(&write, 0x1000), (Fault::Forbidden, 1));
+    assert_eq!(fault(&Rules { wp: false, ..write }, 0x1000), (Fault::None, 1));
+    assert_eq!(fault(&Rules { user: true, ..plain }, 0x1000), (Fault::Forbidden, 1));
+    assert_eq!(fault(&Rules { kind: AccessKind::Fetch, ..plain }, 0x1000), (Fault::Forbidden, 1));
+    assert_eq!(fault(&Rules { nx: false, ..plain }, 0x1000), (Fault::Reserved, 1));
+}
+
+#[test]
+fn tables_that_map_themselves_end() {
+    let bytes = image(&[(0x1000, 0x1000 | P)], 0x2000);
+    assert_eq!(found(&bytes, "4-level", &Rules::default(), 0x10).0.gpa, 0x1010);
+    assert_eq!(found(&bytes, "5-level", &Rules::default(), 0x10).1.len(), 5);
+}
+
+#[test]
+fn an_image_may_have_gaps_but_no_overlaps() {
+    let (low, high) = (four_levels(), image(&[(0, 0x6000 | P)], 0x1000));
+    let segment = |base, bytes| Segment { base, bytes };
+    let parts = vec![segment(0x7_0000_0000, &high[..]), segment(0, &low[..])];
+    let image = Image::new(parts).unwrap();
+    let viewer = Viewer::new("4-level", &Rules::default()).unwrap();
+    let walk = |gva| viewer.walk(&image, 0x1000, Gva(gva), |_| {});
+    assert_eq!(walk(0x123).gpa, 0x9123);
+    assert_eq!((walk(1 << 39).fault, walk(1 << 39).level), (Fault::NotInImage, 2));
+    let text = |parts: Vec<Segment<'_>>| Image::new(parts).unwrap_err().0;
+    assert!(text(vec![segment(0, &low), segment(0x5fff, &high)]).contains("0x5fff overlaps the one that ends at 0x6000"));
+    assert!(text(vec![segment(u64::MAX - 8, &low)]).contains("beyond 2**64"));
+}
+
+#[test]
+fn a_batch_finds_what_walks_find_by_both_ways() {
+    let bytes = four_levels();
+    let viewer = Viewer::new("4-level", &Rules::default()).unwrap();
+    let image = Image::new(vec![Segment { base: 0, bytes: &bytes }]).unwrap();
+    let gvas: Vec<u64> = (0..200).map(|i| [i << 10, i << 21, i << 39, i << 57][i as usize % 4]).collect();
+    for staged in [false, true] {
+        let (mut gpa, mut level) = (vec![0; 200], vec![0; 200]);
+        let (mut flags, mut fault) = (vec![0; 200], vec![0; 200]);
+        let block =
+            Block { gvas: &gvas, gpa: &mut gpa, level: &mut level, flags: &mut flags, fault: &mut fault };
+        if staged {
+            block.parts(64).for_each(|mut part| viewer.staged_for_tests(&image, 0x1000, &mut part));
+        } else {
+            viewer.translate(&image, 0x1000, block);
+        }
+        for (i, gva) in gvas.iter().enumerate() {
+            let one = viewer.walk(&image, 0x1000, Gva(*gva), |_| {});
+            assert_eq!((gpa[i], level[i], flags[i], fault[i]), (one.gpa, one.level, one.flags, one.fault as u8));
+        }
+    }
+}
+
+#[test]
+fn unknown_modes_and_widths_are_refused() {
+    assert!(Viewer::new("6-level", &Rules::default()).unwrap_err().0.contains("choose one of 4-level"));
+    assert!(Viewer::new("pae", &Rules { maxphyaddr: 53, ..Rules::default() }).unwrap_err().0.contains("53"));
+}
