@@ -29,8 +29,39 @@ __all__ = [
     "STATUSES",
     "Outcome",
     "Vcpu",
+    "Viewer",
     "Vm",
 ]
+
+@final
+class Viewer:
+    def __new__(
+        cls,
+        mode: str,
+        *,
+        access: str = "read",
+        user: bool = False,
+        wp: bool = True,
+        nx: bool = True,
+        smep: bool = False,
+        smap: bool = False,
+        maxphyaddr: int = 52,
+    ) -> Self: ...
+    # Steps (level, table, index, entry, rights), then gpa, level, flags, fault.
+    def walk(
+        self, segments: Sequence[tuple[int, Buffer]], cr3: int, gva: int
+    ) -> tuple[list[tuple[int, int, int, int | None, int]], int, int, int, int]: ...
+    def translate(
+        self,
+        segments: Sequence[tuple[int, Buffer]],
+        cr3: int,
+        gvas: Buffer,
+        gpa: Buffer,
+        level: Buffer,
+        flags: Buffer,
+        fault: Buffer,
+        threads: int,
+    ) -> None: ...
 
 @final
 class Outcome:

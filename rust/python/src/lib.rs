@@ -1,6 +1,7 @@
 //! The Python binding: `shadowkvm._core`. Conversions, the GIL, and nothing else; every rule is in `shadowkvm-core`.
 
 mod errors;
+mod image;
 mod number;
 mod tables;
 mod vcpu;
@@ -14,5 +15,6 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vm::Vm>()?;
     module.add_class::<vcpu::Vcpu>()?;
     module.add_class::<vcpu::Outcome>()?;
+    module.add_class::<image::Viewer>()?;
     tables::add(module)
 }

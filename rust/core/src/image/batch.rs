@@ -1,8 +1,9 @@
 //! Many addresses at a time.
 
+use crate::guest::gpte::Gpte;
 use crate::image::walk::{At, Found, Next};
-use crate::image::{Image, Source, Viewer};
-use crate::types::Gva;
+use crate::image::{Fault, Image, Source, Viewer};
+use crate::types::{Access, Gva};
 
 /// Addresses and the arrays that take what is found, all of one length.
 #[derive(Debug)]
@@ -53,16 +54,37 @@ impl<'a> Iterator for Blocks<'a> {
         let (level, rest_level) = all.level.split_at_mut(size);
         let (flags, rest_flags) = all.flags.split_at_mut(size);
         let (fault, rest_fault) = all.fault.split_at_mut(size);
-        self.rest =
-            Some(Block { gvas: rest, gpa: rest_gpa, level: rest_level, flags: rest_flags, fault: rest_fault });
+        self.rest = Some(Block { gvas: rest, gpa: rest_gpa, level: rest_level, flags: rest_flags, fault: rest_fault });
         Some(Block { gvas, gpa, level, flags, fault })
     }
 }
 
-/// Addresses that are looked at to choose the way.
-const SAMPLE: usize = 4096;
-/// Addresses that go down a level together.
-const STAGE: usize = 64;
+/// Addresses that go down together.
+const STAGE: usize = 128;
+/// Directories (of 1 GiB) that are remembered.
+const DIRECTORIES: usize = 256;
+/// No table stands here, and no image reaches so far.
+const NOWHERE: u64 = !0 << 12;
+
+/// The way to the directory (level 2) of a GiB.
+#[derive(Clone, Copy)]
+struct Directory {
+    gib: u64,
+    at: At,
+}
+
+/// A batch at work. Addresses go down in stages: the directory, which is mostly remembered; its entry; the last entry;
+/// what it means. So the memory works on many of them at a time, and each stage is a short loop.
+struct Batch<'a, S, const SIZE: usize, const TOP: u8> {
+    viewer: &'a Viewer,
+    source: &'a S,
+    cr3: u64,
+    directories: Vec<Directory>,
+    /// Of each address: the last-level table, the rights above it, and the entry.
+    tables: [u64; STAGE],
+    granted: [Access; STAGE],
+    entries: [u64; STAGE],
+}
 
 impl Viewer {
     /// Walks for each address of a block.
@@ -78,67 +100,91 @@ impl Viewer {
 
     fn by_mode(&self, source: &impl Source, cr3: u64, block: Block<'_>) {
         match (self.role.mode.entry_bytes, self.role.mode.top.0) {
-            (4, _) => self.run::<4, 2>(source, cr3, block),
-            (_, 2) => self.run::<8, 2>(source, cr3, block),
-            (_, 4) => self.run::<8, 4>(source, cr3, block),
-            _ => self.run::<8, 5>(source, cr3, block),
+            (4, _) => Batch::<_, 4, 2>::run(self, source, cr3, block),
+            (_, 2) => Batch::<_, 8, 2>::run(self, source, cr3, block),
+            (_, 4) => Batch::<_, 8, 4>::run(self, source, cr3, block),
+            _ => Batch::<_, 8, 5>::run(self, source, cr3, block),
         }
     }
+}
 
-    /// One after the other is fastest while the tables are in the caches; where they are not, addresses go down
-    /// together, so that the memory works on many at a time. Which it is, the first addresses tell.
-    fn run<const SIZE: usize, const TOP: u8>(&self, source: &impl Source, cr3: u64, block: Block<'_>) {
-        let spread = self.is_spread::<SIZE, TOP>(source, cr3, block.gvas);
+impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
+    fn run(viewer: &'a Viewer, source: &'a S, cr3: u64, block: Block<'_>) {
+        // No address has this GiB.
+        let none = Directory { gib: !0, at: At { table: NOWHERE, granted: Access::NONE } };
+        let (directories, tables) = (vec![none; DIRECTORIES], [NOWHERE; STAGE]);
+        let (granted, entries) = ([Access::NONE; STAGE], [0; STAGE]);
+        let mut batch = Self { viewer, source, cr3, directories, tables, granted, entries };
         for mut part in block.parts(STAGE) {
-            if spread {
-                self.staged::<SIZE, TOP>(source, cr3, &mut part);
-            } else {
-                for i in 0..part.gvas.len() {
-                    part.set(i, self.walk_of::<SIZE, TOP>(source, cr3, Gva(part.gvas[i]), |_| {}));
+            batch.find_tables(&mut part);
+            batch.read_entries(&mut part);
+            batch.finish(&mut part);
+        }
+    }
+
+    /// Finds the last-level table of each address; of one whose walk ends before, that is noted.
+    #[inline]
+    fn find_tables(&mut self, part: &mut Block<'_>) {
+        for i in 0..part.gvas.len() {
+            let gva = Gva(part.gvas[i]);
+            let next = match self.directory(gva) {
+                Ok(at) => self.viewer.step::<SIZE>(self.source, at, 2, gva, &mut |_| {}),
+                Err(found) => Next::End(found),
+            };
+            match next {
+                Next::Table(at) => (self.tables[i], self.granted[i]) = (at.table, at.granted),
+                Next::End(found) => {
+                    part.set(i, found);
+                    self.tables[i] = NOWHERE;
                 }
             }
         }
     }
 
-    /// Whether the addresses go to so many last tables that these are not in the caches.
-    fn is_spread<const SIZE: usize, const TOP: u8>(&self, source: &impl Source, cr3: u64, gvas: &[u64]) -> bool {
-        if gvas.len() < SAMPLE {
-            return false;
-        }
-        let (mut seen, mut distinct) = (vec![false; 16 * SAMPLE], 0);
-        let stride = gvas.len() / SAMPLE;
-        for gva in gvas.iter().step_by(stride).take(SAMPLE) {
-            let mut last = 0;
-            self.walk_of::<SIZE, TOP>(source, cr3, Gva(*gva), |step| last = step.table);
-            let slot = (last >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-            distinct += usize::from(!std::mem::replace(&mut seen[slot as usize], true));
-        }
-        distinct > SAMPLE / 2
+    #[inline(always)]
+    fn directory(&mut self, gva: Gva) -> Result<At, Found> {
+        let gib = gva.0 >> 30;
+        let known = &self.directories[gib as usize % DIRECTORIES];
+        if known.gib == gib { Ok(known.at) } else { self.find_directory(gva) }
     }
 
-    #[cfg(test)]
-    pub(super) fn staged_for_tests(&self, source: &impl Source, cr3: u64, part: &mut Block<'_>) {
-        self.staged::<8, 4>(source, cr3, part);
-    }
-
-    fn staged<const SIZE: usize, const TOP: u8>(&self, source: &impl Source, cr3: u64, part: &mut Block<'_>) {
-        let mut at = [const { None::<At> }; STAGE];
-        for (i, gva) in part.gvas.iter().enumerate() {
-            match self.top_table(source, cr3, Gva(*gva), &mut |_| {}) {
-                Ok(top) => at[i] = Some(top),
-                Err(found) => part.set(i, found),
+    #[inline(never)]
+    fn find_directory(&mut self, gva: Gva) -> Result<At, Found> {
+        let mut at = self.viewer.top_table(self.source, self.cr3, gva, &mut |_| {})?;
+        for level in (3..=TOP).rev() {
+            match self.viewer.step::<SIZE>(self.source, at, level, gva, &mut |_| {}) {
+                Next::Table(below) => at = below,
+                Next::End(found) => return Err(found),
             }
         }
-        for level in (1..=TOP).rev() {
-            for i in 0..part.gvas.len() {
-                let Some(here) = at[i] else { continue };
-                match self.step::<SIZE>(source, here, level, Gva(part.gvas[i]), &mut |_| {}) {
-                    Next::Table(below) => at[i] = Some(below),
-                    Next::End(found) => {
-                        part.set(i, found);
-                        at[i] = None;
-                    }
-                }
+        let gib = gva.0 >> 30;
+        self.directories[gib as usize % DIRECTORIES] = Directory { gib, at };
+        Ok(at)
+    }
+
+    #[inline]
+    fn read_entries(&mut self, part: &mut Block<'_>) {
+        let bits = if SIZE == 4 { 10 } else { 9 };
+        for i in 0..part.gvas.len() {
+            let index = part.gvas[i] >> 12 & ((1 << bits) - 1);
+            let table = self.tables[i];
+            if let Some(entry) = self.source.entry::<SIZE>(table + SIZE as u64 * index) {
+                self.entries[i] = entry;
+            } else if table != NOWHERE {
+                part.set(i, Found::nowhere(Fault::NotInImage, 1, self.granted[i]));
+                self.tables[i] = NOWHERE;
+            }
+        }
+    }
+
+    #[inline]
+    fn finish(&self, part: &mut Block<'_>) {
+        let found = part.gpa.iter_mut().zip(&mut *part.level).zip(&mut *part.flags).zip(&mut *part.fault);
+        let walks = part.gvas.iter().zip(&self.tables).zip(&self.granted).zip(&self.entries);
+        for ((((gva, table), granted), entry), (((gpa, level), flags), fault)) in walks.zip(found) {
+            if *table != NOWHERE {
+                let found = self.viewer.last(Gpte(*entry), 1, Gva(*gva), *granted);
+                (*gpa, *level, *flags, *fault) = (found.gpa, found.level, found.flags, found.fault as u8);
             }
         }
     }

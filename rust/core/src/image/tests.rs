@@ -38,12 +38,10 @@ fn four_levels() -> Vec<u8> {
 fn a_walk_tells_its_steps_and_its_end() {
     let (at, steps) = found(&four_levels(), "4-level", &Rules::default(), 0x123);
     assert_eq!(at, Found { gpa: 0x9123, level: 1, flags: 7 | 8 | 16, fault: Fault::None });
-    assert_eq!(steps.iter().map(|s| (s.level, s.table)).collect::<Vec<_>>(), [
-        (4, 0x1000),
-        (3, 0x2000),
-        (2, 0x3000),
-        (1, 0x4000)
-    ]);
+    assert_eq!(
+        steps.iter().map(|s| (s.level, s.table)).collect::<Vec<_>>(),
+        [(4, 0x1000), (3, 0x2000), (2, 0x3000), (1, 0x4000)]
+    );
     let (large, _) = found(&four_levels(), "4-level", &Rules::default(), 0x20_1234);
     assert_eq!(large, Found { gpa: 0x20_1234, level: 2, flags: 7 | 8 | 16 | 32, fault: Fault::None });
 }
@@ -85,30 +83,24 @@ fn an_image_may_have_gaps_but_no_overlaps() {
     assert_eq!(walk(0x123).gpa, 0x9123);
     assert_eq!((walk(1 << 39).fault, walk(1 << 39).level), (Fault::NotInImage, 2));
     let text = |parts: Vec<Segment<'_>>| Image::new(parts).unwrap_err().0;
-    assert!(text(vec![segment(0, &low), segment(0x5fff, &high)]).contains("0x5fff overlaps the one that ends at 0x6000"));
+    assert!(
+        text(vec![segment(0, &low), segment(0x5fff, &high)]).contains("0x5fff overlaps the one that ends at 0x6000")
+    );
     assert!(text(vec![segment(u64::MAX - 8, &low)]).contains("beyond 2**64"));
 }
 
 #[test]
-fn a_batch_finds_what_walks_find_by_both_ways() {
+fn a_batch_finds_what_walks_find() {
     let bytes = four_levels();
     let viewer = Viewer::new("4-level", &Rules::default()).unwrap();
     let image = Image::new(vec![Segment { base: 0, bytes: &bytes }]).unwrap();
     let gvas: Vec<u64> = (0..200).map(|i| [i << 10, i << 21, i << 39, i << 57][i as usize % 4]).collect();
-    for staged in [false, true] {
-        let (mut gpa, mut level) = (vec![0; 200], vec![0; 200]);
-        let (mut flags, mut fault) = (vec![0; 200], vec![0; 200]);
-        let block =
-            Block { gvas: &gvas, gpa: &mut gpa, level: &mut level, flags: &mut flags, fault: &mut fault };
-        if staged {
-            block.parts(64).for_each(|mut part| viewer.staged_for_tests(&image, 0x1000, &mut part));
-        } else {
-            viewer.translate(&image, 0x1000, block);
-        }
-        for (i, gva) in gvas.iter().enumerate() {
-            let one = viewer.walk(&image, 0x1000, Gva(*gva), |_| {});
-            assert_eq!((gpa[i], level[i], flags[i], fault[i]), (one.gpa, one.level, one.flags, one.fault as u8));
-        }
+    let (mut gpa, mut level, mut flags, mut fault) = (vec![0; 200], vec![0; 200], vec![0; 200], vec![0; 200]);
+    let block = Block { gvas: &gvas, gpa: &mut gpa, level: &mut level, flags: &mut flags, fault: &mut fault };
+    viewer.translate(&image, 0x1000, block);
+    for (i, gva) in gvas.iter().enumerate() {
+        let one = viewer.walk(&image, 0x1000, Gva(*gva), |_| {});
+        assert_eq!((gpa[i], level[i], flags[i], fault[i]), (one.gpa, one.level, one.flags, one.fault as u8));
     }
 }
 

@@ -44,7 +44,7 @@ pub struct Found {
 }
 
 impl Found {
-    const fn nowhere(fault: Fault, level: u8, granted: Access) -> Self {
+    pub(super) const fn nowhere(fault: Fault, level: u8, granted: Access) -> Self {
         Self { gpa: 0, level, flags: granted.0, fault }
     }
 }
@@ -162,19 +162,27 @@ impl Viewer {
         let gpte = Gpte(raw);
         let rights = granted.and(gpte.access());
         seen(Step { level, table, index, entry, granted: rights });
-        if !gpte.present() {
-            return Next::End(Found::nowhere(Fault::NotPresent, level, granted));
-        }
-        if gpte.has_reserved(&self.role, Level(level)) {
-            return Next::End(Found::nowhere(Fault::Reserved, level, granted));
-        }
-        if !gpte.is_leaf(&self.role, Level(level)) {
+        let leaf = gpte.is_leaf(&self.role, Level(level));
+        if !leaf && gpte.present() && !gpte.has_reserved(&self.role, Level(level)) {
             return Next::Table(At { table: gpte.gfn().gpa().0, granted: rights });
         }
-        if permission_fault(&self.role, rights, self.access, false) {
-            return Next::End(Found::nowhere(Fault::Forbidden, level, rights));
+        Next::End(self.last(gpte, level, gva, granted))
+    }
+
+    /// What the last entry of a walk says: a leaf, or one that ends it otherwise.
+    #[inline(always)]
+    pub(super) fn last(&self, gpte: Gpte, level: u8, gva: Gva, granted: Access) -> Found {
+        if !gpte.present() {
+            return Found::nowhere(Fault::NotPresent, level, granted);
         }
-        Next::End(leaf(&self.role, gpte, level, gva, rights))
+        if gpte.has_reserved(&self.role, Level(level)) {
+            return Found::nowhere(Fault::Reserved, level, granted);
+        }
+        let rights = granted.and(gpte.access());
+        if permission_fault(&self.role, rights, self.access, false) {
+            return Found::nowhere(Fault::Forbidden, level, rights);
+        }
+        leaf(&self.role, gpte, level, gva, rights)
     }
 }
 
