@@ -17,7 +17,7 @@ pub(crate) struct Viewer(Core);
 #[pymethods]
 impl Viewer {
     #[new]
-    #[allow(clippy::too_many_arguments, reason = "they are keywords in Python")]
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "they are keywords in Python")]
     #[pyo3(signature = (mode, *, access="read", user=false, wp=true, nx=true, smep=false, smap=false, maxphyaddr=52))]
     fn new(
         mode: &str,
@@ -40,6 +40,7 @@ impl Viewer {
     }
 
     /// One address: its steps, then gpa, level, flags and fault.
+    #[allow(clippy::needless_pass_by_value, reason = "the form that PyO3 takes")]
     fn walk(
         &self,
         segments: Vec<(u64, PyBuffer<u8>)>,
