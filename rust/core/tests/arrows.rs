@@ -27,7 +27,18 @@ const LAYERS: &[&[&str]] = &[
 const INNER: &[(&str, &[&[&str]])] = &[(
     "shadow",
     // zap before pages and sync: finding and syncing a page may zap it (a ZapList collects what is to be freed).
-    &[&["spte"], &["page"], &["rmap", "track"], &["unsync"], &["make"], &["zap"], &["pages"], &["sync"], &["roots"]],
+    &[
+        &["spte"],
+        &["page"],
+        &["rmap", "track"],
+        &["unsync"],
+        &["plain"],
+        &["make"],
+        &["zap"],
+        &["pages"],
+        &["sync"],
+        &["roots"],
+    ],
 )];
 
 /// Modules that only these may name, whatever the layers say: fault/ alone sees the guest's walk and the shadow.

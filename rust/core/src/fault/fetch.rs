@@ -7,6 +7,7 @@ use crate::guest::walk::GuestWalk;
 use crate::memory::Host;
 use crate::outcome::RetPf;
 use crate::role::Role;
+use crate::shadow::Guest;
 use crate::shadow::make::Leaf;
 use crate::types::{Access, Gfn, Level, PageId, Pfn, SptePos};
 
@@ -201,7 +202,7 @@ impl Ctx<'_> {
         if !self.shadow.arena[id].role.direct() {
             let granted = self.shadow.arena[id].role.access();
             let contents = self.shadow.memory.host.contents(table);
-            let flush = self.shadow.prefetch_near(pos, contents, granted, &self.vcpu.role);
+            let flush = self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
             self.pay(flush);
         } else if self.shadow.prefetches(id) {
             self.prefetch_direct(id, pos.index() & !(PREFETCH - 1), pos.index());

@@ -14,6 +14,7 @@ use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
+use crate::shadow::Guest;
 use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
 use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
@@ -102,7 +103,7 @@ impl Ctx<'_> {
             return self.quick_store(plain, root, gfn, code);
         }
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
-        let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, false) } else { None } {
+        let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, PT_A) } else { None } {
             Some(flush) => {
                 self.pay(flush);
                 RetPf::Fixed
@@ -120,7 +121,7 @@ impl Ctx<'_> {
             self.vcpu.counters.pf_spurious += 1;
             return Quick::Mapped(pos);
         }
-        let flush = self.shadow.prefetch_near(pos, contents, granted, &self.vcpu.role);
+        let flush = self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
         self.pay(flush);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }

@@ -37,6 +37,12 @@ impl Frame {
         self.0 & 7 != HostState::Absent as u32
     }
 
+    /// Whether the host may write the page.
+    #[inline]
+    pub(super) const fn writable(self) -> bool {
+        self.0 & 7 >= HostState::Writable as u32
+    }
+
     #[inline]
     pub(super) const fn page(self) -> u32 {
         self.0 >> 3
@@ -53,12 +59,15 @@ impl Frame {
     }
 }
 
+/// 512 frames.
+pub(super) type Region = [Frame; ENTRIES];
+
 /// All frames. Numbers instead of pointers: an untouched part is the number of a region that many share.
 #[derive(Clone, Debug)]
 pub(super) struct Frames {
     /// The number of each region.
     map: Vec<u32>,
-    regions: Vec<[Frame; ENTRIES]>,
+    regions: Vec<Region>,
 }
 
 impl Frames {
@@ -81,6 +90,12 @@ impl Frames {
         self.regions[self.region(gfn) as usize][frame_index(gfn)]
     }
 
+    /// The frames of the region around one.
+    #[inline]
+    pub(super) fn near(&self, gfn: Gfn) -> &Region {
+        &self.regions[self.region(gfn) as usize]
+    }
+
     #[inline]
     fn region(&self, gfn: Gfn) -> u32 {
         self.map.get((gfn.0 >> REGION_SHIFT) as usize).copied().unwrap_or(ABSENT)
@@ -100,7 +115,7 @@ impl Frames {
     }
 
     /// The region around a frame, to change it.
-    fn region_mut(&mut self, gfn: Gfn) -> &mut [Frame; ENTRIES] {
+    fn region_mut(&mut self, gfn: Gfn) -> &mut Region {
         let at = (gfn.0 >> REGION_SHIFT) as usize;
         if at >= self.map.len() {
             let mut larger = vec![ABSENT; (at + 1).next_power_of_two()];

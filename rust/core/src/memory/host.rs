@@ -1,6 +1,6 @@
 //! The host's side of guest memory: contents and state of each page. Only pages that were written take room.
 
-use crate::memory::frames::Frames;
+use crate::memory::frames::{Frames, Region};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
 
 /// What the host has behind a guest frame. It decides prefetch, writability and whether a write raises a notifier.
@@ -108,6 +108,12 @@ impl Host {
     #[must_use]
     pub fn state(&self, gfn: Gfn) -> HostState {
         self.frames.get(gfn).state()
+    }
+
+    /// The states of the frames of a region.
+    #[inline]
+    pub(super) fn states_near(&self, gfn: Gfn) -> &Region {
+        self.frames.near(gfn)
     }
 
     /// Whether a frame has a page, whatever may be done with it.
@@ -224,6 +230,13 @@ impl Host {
     #[must_use]
     pub fn entry_in(&self, contents: Contents, at: usize, bytes: u8) -> u64 {
         entry(&self.pages[contents.0 as usize], at, bytes)
+    }
+
+    /// All entries of 8 bytes of a table page found before.
+    #[inline]
+    #[must_use]
+    pub fn words_in(&self, contents: Contents) -> &[u64; ENTRIES] {
+        &self.pages[contents.0 as usize]
     }
 
     /// 64 entries of 8 bytes of a table page found before, from entry `first` on, a multiple of 64.

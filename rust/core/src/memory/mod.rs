@@ -8,11 +8,11 @@ mod host;
 mod slot;
 
 pub use host::{Contents, Host, HostState};
-pub use slot::{Slot, SlotRegion};
+pub use slot::{Slot, SlotFrame, SlotRegion};
 
 use crate::config::{ADDRESS_SPACES, MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
 use crate::error::{ConfigError, refuse};
-use crate::types::{Gfn, Gpa, PAGE_SIZE};
+use crate::types::{Access, ENTRIES, Gfn, Gpa, PAGE_SIZE};
 
 /// How the log is read (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -21,6 +21,33 @@ pub struct ManualDirty {
     pub enabled: bool,
     /// A log begins with every frame in it, so nothing is write-protected at first.
     pub initially_set: bool,
+}
+
+/// What is known of the frames of one region: see [`Memory::near`].
+#[derive(Debug)]
+pub struct Near<'a> {
+    /// The host's pages.
+    pub host: &'a Host,
+    region: u64,
+    states: &'a frames::Region,
+    base: u64,
+    pages: u64,
+    slot: &'a mut SlotRegion,
+}
+
+impl Near<'_> {
+    /// The bookkeeping of a frame that may be mapped with these rights without further ado: the host has its page and may
+    /// write it, and no table is in it if it is to be writable. `None` also for a frame of another region.
+    #[inline]
+    pub fn plain_frame(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
+        let at = gfn.0 as usize % ENTRIES;
+        let here = gfn.0 >> 9 == self.region && gfn.0.wrapping_sub(self.base) < self.pages;
+        if !here || !self.states[at].writable() {
+            return None;
+        }
+        let frame = &mut self.slot.frames[at];
+        (!access.has(Access::W) || frame.tables == 0).then_some(frame)
+    }
 }
 
 /// Memslots and the host's pages.
@@ -75,6 +102,19 @@ impl Memory {
             self.last = self.slots.iter().position(|slot| slot.holds(gfn))?;
         }
         self.slots.get_mut(self.last)
+    }
+
+    /// What is known of a frame and those around it (2 MiB), found in one look. `None` without a slot, or for one that
+    /// takes no writes or logs them.
+    #[inline]
+    pub fn near(&mut self, gfn: Gfn) -> Option<Near<'_>> {
+        if !self.slots.get(self.last).is_some_and(|slot| slot.holds(gfn)) {
+            self.last = self.slots.iter().position(|slot| slot.holds(gfn))?;
+        }
+        let Self { host, slots, last, .. } = self;
+        let slot = slots.get_mut(*last).filter(|slot| !slot.readonly && !slot.logs_dirty())?;
+        let (base, pages) = (slot.base.0, slot.pages);
+        Some(Near { host, region: gfn.0 >> 9, states: host.states_near(gfn), base, pages, slot: slot.region_mut(gfn) })
     }
 
     /// The slot with that number.

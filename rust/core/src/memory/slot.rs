@@ -95,7 +95,7 @@ impl Slot {
     }
 
     #[inline]
-    fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
+    pub(super) fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
         let at = self.region_index(gfn);
         self.regions[at].get_or_insert_with(SlotRegion::empty)
     }

@@ -1,11 +1,10 @@
 //! Making one shadow entry: which bits it gets, and how it takes the place of the old one.
 
 use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_PS, PT_U, PT_W};
-use crate::config::{MMIO_GEN_BITS, PREFETCH};
+use crate::config::MMIO_GEN_BITS;
 use crate::cpu::CpuRole;
 use crate::guest::gpte::Gpte;
-use crate::memory::{Contents, Host};
-use crate::mode::Mode;
+use crate::memory::Host;
 use crate::outcome::RetPf;
 use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
 use crate::shadow::{Flush, Shadow};
@@ -119,72 +118,12 @@ impl Shadow {
         (result, owed)
     }
 
-    /// The short way of [`Self::set_leaf`] for an empty entry of a level-1 page with gptes that is to map plain RAM: the
-    /// host has the page and may write it, no table is in it, and writes to it are not logged. `None`, and nothing done,
-    /// if it is not so.
-    #[inline]
-    pub(crate) fn set_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, prefetch: bool) -> Option<Flush> {
-        if !self.memory.host.state(gfn).writable() {
-            return None;
-        }
-        let slot = self.memory.slot_mut(gfn).filter(|slot| !slot.readonly && !slot.logs_dirty())?;
-        let frame = slot.frame_mut(gfn);
-        let mut bits = SHADOW_PRESENT | PT_P | HOST_WRITABLE | Host::pfn(gfn).0 << 12;
-        bits |= if prefetch { 0 } else { PT_A };
-        bits |= if access.has(Access::X) { 0 } else { PT_NX };
-        bits |= if access.has(Access::U) { PT_U } else { 0 };
-        if access.has(Access::W) {
-            if frame.tables > 0 {
-                return None;
-            }
-            bits |= PT_W | MMU_WRITABLE | PT_D;
-        }
-        let before = self.lists.add(&mut frame.rmap, pos);
-        self.arena.set_leaf(pos, Spte(bits), gfn, access);
-        self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
-        self.counters.pages_4k += 1;
-        Some(self.rmap_grew(gfn, Level::PT, before))
-    }
-
     /// Writes an MMIO entry (`mark_mmio_spte`, 6.1).
     pub(crate) fn mark_mmio(&mut self, pos: SptePos, gfn: Gfn, access: Access) {
         let generation = self.memory.generation & ((1 << MMIO_GEN_BITS) - 1);
         let spte = Spte::mmio(gfn, access, generation);
         self.events.mark_mmio_spte(sptep(pos.page(), pos.index()), gfn.0, (spte.0 & 7) as u32, generation);
         self.arena.set_spte(pos, spte);
-    }
-
-    /// Fills the neighbours of a faulting entry of a page with gptes, up to the first whose guest entry cannot be mapped
-    /// without a fault (`FNAME(pte_prefetch)`, 6.1). `contents` is the guest's table, `granted` the rights above it.
-    #[inline]
-    pub(crate) fn prefetch_near(&mut self, pos: SptePos, contents: Contents, granted: Access, role: &CpuRole) -> Flush {
-        let (id, first, bytes) = (pos.page(), pos.index() & !(PREFETCH - 1), role.mode.entry_bytes);
-        let mut owed = Flush::NONE;
-        if !self.prefetches(id) {
-            return owed;
-        }
-        let half = if bytes == 4 { self.arena[id].role.quadrant() } else { 0 };
-        for index in first..first + PREFETCH {
-            let at = id.entry(index);
-            let spte = self.spte(at);
-            if at == pos || spte.present() {
-                continue;
-            }
-            let gpte = Gpte(self.memory.host.entry_in(contents, Mode::gpte_index(half, index), bytes));
-            let usable = gpte.present() && gpte.accessed() && !gpte.has_reserved(role, Level::PT);
-            let access = gpte.protect_clean(granted.and(gpte.access()));
-            let quick = match (usable, spte == Spte::EMPTY) {
-                (false, true) => return owed,
-                (true, true) => self.set_plain_leaf(at, gpte.gfn(), access, true),
-                (_, false) => None,
-            };
-            let (go_on, flush) = quick.map_or_else(|| self.prefetch_gpte(at, gpte, role, true), |flush| (true, flush));
-            owed += flush;
-            if !go_on {
-                return owed;
-            }
-        }
-        owed
     }
 
     /// Fills an entry that is not present from a guest entry, if that needs no fault (`FNAME(prefetch_gpte)`, 6.1).
@@ -207,7 +146,7 @@ impl Shadow {
         let access = gpte.protect_clean(granted.and(gpte.access()));
         let gfn = gpte.gfn();
         if self.spte(pos) == Spte::EMPTY
-            && let Some(flush) = self.set_plain_leaf(pos, gfn, access, true)
+            && let Some(flush) = self.set_plain_leaf(pos, gfn, access, 0)
         {
             return (true, flush);
         }

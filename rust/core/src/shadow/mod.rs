@@ -6,6 +6,7 @@
 pub mod make;
 pub mod page;
 pub mod pages;
+mod plain;
 pub mod rmap;
 pub mod roots;
 pub mod spte;
@@ -21,6 +22,7 @@ use crate::memory::{ManualDirty, Memory};
 use crate::policy::{PageView, Policy};
 use crate::types::{Gfn, PageId, SptePos};
 use page::Arena;
+pub(crate) use plain::Guest;
 use rmap::ListPool;
 use spte::Spte;
 

@@ -62,6 +62,15 @@ impl Page {
     }
 }
 
+/// One page's entries, to change many; who does keeps `used` right.
+pub(super) struct PageMut<'a> {
+    pub sptes: &'a mut [u64; ENTRIES],
+    /// What each was made from, in a page with gptes: frame << 3 | rights.
+    pub shadowed: &'a mut [u64; ENTRIES],
+    /// Which are not empty.
+    pub used: &'a mut Bitmap,
+}
+
 /// All shadow pages of a VM.
 #[derive(Clone, Debug)]
 pub struct Arena {
@@ -161,15 +170,18 @@ impl Arena {
         *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
     }
 
-    /// All entries of a page with gptes, to change those that are not empty, and what each was made from: frame << 3 | rights.
+    /// All entries of a page, to change many.
     ///
     /// # Panics
     /// If the page does not exist.
     #[inline]
-    pub fn entries_mut(&mut self, id: PageId) -> (&mut [u64; ENTRIES], &[u64; ENTRIES]) {
+    pub(super) fn page_mut(&mut self, id: PageId) -> PageMut<'_> {
         let at = id.0 as usize * ENTRIES;
-        let sptes = self.sptes[at..].first_chunk_mut().expect("every page has its entries");
-        (sptes, self.shadowed[at..].first_chunk().expect("every page has its entries"))
+        PageMut {
+            sptes: self.sptes[at..].first_chunk_mut().expect("every page has its entries"),
+            shadowed: self.shadowed[at..].first_chunk_mut().expect("every page has its entries"),
+            used: &mut self.pages[id.0 as usize].used,
+        }
     }
 
     /// Writes a leaf of a page with gptes, with the frame and the rights that it is made from.

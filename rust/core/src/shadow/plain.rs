@@ -1,0 +1,155 @@
+//! The short way to make leaves of plain RAM: empty entries of a level-1 page with gptes, for frames that the host has and
+//! may write, with no table in them and no log of writes. It comes to the same as `make`, which does all others.
+
+use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_U, PT_W};
+use crate::config::PREFETCH;
+use crate::cpu::CpuRole;
+use crate::events::EventKind;
+use crate::guest::gpte::Gpte;
+use crate::memory::{Contents, Host};
+use crate::mode::Mode;
+use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
+use crate::shadow::{Flush, Shadow};
+use crate::types::{Access, ENTRIES, Gfn, Level, SptePos};
+use std::ops::Range;
+
+/// The guest's entries behind a page.
+#[derive(Clone, Copy)]
+pub(crate) struct Guest<'a> {
+    /// The guest's table.
+    pub contents: Contents,
+    /// The rights above it.
+    pub granted: Access,
+    /// Who reads it.
+    pub role: &'a CpuRole,
+}
+
+/// The bits of a leaf for each set of rights, without A and the frame.
+const LEAF: [u64; 8] = {
+    let mut bits = [SHADOW_PRESENT | PT_P | HOST_WRITABLE; 8];
+    let mut rights = 0;
+    while rights < 8 {
+        let access = Access(rights as u8);
+        bits[rights] |= if access.has(Access::X) { 0 } else { PT_NX };
+        bits[rights] |= if access.has(Access::W) { PT_W | MMU_WRITABLE | PT_D } else { 0 };
+        bits[rights] |= if access.has(Access::U) { PT_U } else { 0 };
+        rights += 1;
+    }
+    bits
+};
+
+#[inline]
+const fn leaf_bits(gfn: Gfn, access: Access) -> u64 {
+    LEAF[access.0 as usize & 7] | Host::pfn(gfn).0 << 12
+}
+
+impl Shadow {
+    /// Makes a leaf; `mark` is A if somebody asks for the page. `None`, and nothing done, if it is not plain.
+    #[inline]
+    pub(crate) fn set_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, mark: u64) -> Option<Flush> {
+        let mut near = self.memory.near(gfn)?;
+        let frame = near.plain_frame(gfn, access)?;
+        let before = self.lists.add(&mut frame.rmap, pos);
+        let bits = leaf_bits(gfn, access) | mark;
+        self.arena.set_leaf(pos, Spte(bits), gfn, access);
+        self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
+        self.counters.pages_4k += 1;
+        Some(self.rmap_grew(gfn, Level::PT, before))
+    }
+
+    /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
+    /// (`FNAME(pte_prefetch)`, 6.1).
+    #[inline]
+    pub(crate) fn prefetch_near(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+        // Often there is nothing to fill, which the first neighbour shows.
+        let first = pos.index() & !(PREFETCH - 1) | usize::from(pos.index() % PREFETCH == 0);
+        if guest.role.mode.entry_bytes == 8 && self.spte(pos.page().entry(first)) == Spte::EMPTY {
+            let gpte = self.memory.host.words_in(guest.contents)[first % ENTRIES];
+            if gpte & (PT_P | PT_A) != PT_P | PT_A {
+                return Flush::NONE;
+            }
+        }
+        self.prefetch_group(pos, guest)
+    }
+
+    #[inline(never)]
+    fn prefetch_group(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+        let (id, first) = (pos.page(), pos.index() & !(PREFETCH - 1));
+        let mut owed = Flush::NONE;
+        if !self.prefetches(id) {
+            return owed;
+        }
+        let bytes = guest.role.mode.entry_bytes;
+        let half = if bytes == 4 { self.arena[id].role.quadrant() } else { 0 };
+        let (mut index, end) = (first, first + PREFETCH);
+        while index < end {
+            index = self.prefetch_run(pos, index..end, guest, &mut owed);
+            let at = id.entry(index % ENTRIES);
+            if index == end || at == pos || self.spte(at).present() {
+                index += 1;
+                continue;
+            }
+            let gpte = Gpte(self.memory.host.entry_in(guest.contents, Mode::gpte_index(half, index), bytes));
+            let (go_on, flush) = self.prefetch_gpte(at, gpte, guest.role, true);
+            owed += flush;
+            if !go_on {
+                return owed;
+            }
+            index += 1;
+        }
+        owed
+    }
+
+    /// The same as far as all is plain and the frames are neighbours, too. Returns the entry where it is not so, or the
+    /// end. It raises no events, and leaves tables with small entries alone.
+    #[inline]
+    fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>, owed: &mut Flush) -> usize {
+        let (id, end) = (pos.page(), indexes.end);
+        let mut index = indexes.start;
+        if guest.role.mode.entry_bytes != 8 || self.events.wants(EventKind::SetSpte) {
+            return index;
+        }
+        let page = self.arena.page_mut(id);
+        let words = self.memory.host.words_in(guest.contents);
+        // Past what is there already, to the first frame: the others are expected around it.
+        while index < end && (index == pos.index() || Spte(page.sptes[index % ENTRIES]).present()) {
+            index += 1;
+        }
+        let (marks, usable) = (PT_P | PT_A, PT_P | PT_A | guest.role.reserved[1][0]);
+        let first = words[index % ENTRIES];
+        if index == end || first & usable != marks && page.sptes[index % ENTRIES] == 0 {
+            return end;
+        }
+        let Some(mut near) = self.memory.near(Gpte(first).gfn()) else { return index };
+        let words = near.host.words_in(guest.contents);
+        let (mut made, mut grown) = (0, None);
+        while index < end {
+            let (spte, gpte) = (&mut page.sptes[index % ENTRIES], Gpte(words[index % ENTRIES]));
+            if index == pos.index() || Spte(*spte).present() {
+                index += 1;
+                continue;
+            }
+            if gpte.0 & usable != marks {
+                index = if *spte == 0 { end } else { index };
+                break;
+            }
+            let (gfn, access) = (gpte.gfn(), gpte.protect_clean(guest.granted.and(gpte.access())));
+            let Some(frame) = near.plain_frame(gfn, access).filter(|_| *spte == 0) else { break };
+            let before = self.lists.add(&mut frame.rmap, id.entry(index));
+            *spte = leaf_bits(gfn, access);
+            page.shadowed[index % ENTRIES] = gfn.0 << 3 | u64::from(access.0);
+            made |= 1 << (index % 64);
+            index += 1;
+            if before > 0 {
+                grown = Some((gfn, before));
+                break;
+            }
+        }
+        page.used[pos.index() / 64] |= made;
+        self.counters.pages_4k += u64::from(made.count_ones());
+        if let Some((gfn, before)) = grown {
+            *owed += self.rmap_grew(gfn, Level::PT, before);
+        }
+        index
+    }
+}
