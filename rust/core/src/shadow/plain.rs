@@ -61,9 +61,11 @@ impl Shadow {
     /// (`FNAME(pte_prefetch)`, 6.1).
     #[inline]
     pub(crate) fn prefetch_near(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
-        // Often there is nothing to fill, which the first neighbour shows.
-        let first = pos.index() & !(PREFETCH - 1) | usize::from(pos.index() % PREFETCH == 0);
-        if guest.role.mode.entry_bytes == 8 && self.spte(pos.page().entry(first)) == Spte::EMPTY {
+        // Often there is nothing to fill: all neighbours are there, or the first that is not has nothing behind it.
+        let (id, start) = (pos.page(), pos.index() & !(PREFETCH - 1));
+        let missing = |index: &usize| *index != pos.index() && !self.spte(id.entry(*index)).present();
+        let Some(first) = (start..start + PREFETCH).find(missing) else { return Flush::NONE };
+        if guest.role.mode.entry_bytes == 8 && self.spte(id.entry(first)) == Spte::EMPTY {
             let gpte = self.memory.host.words_in(guest.contents)[first % ENTRIES];
             if gpte & (PT_P | PT_A) != PT_P | PT_A {
                 return Flush::NONE;

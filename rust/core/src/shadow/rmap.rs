@@ -165,6 +165,16 @@ impl ListPool {
         })
     }
 
+    /// The entry of a list of one.
+    #[inline]
+    #[must_use]
+    pub const fn only(&self, head: RmapHead) -> Option<SptePos> {
+        match shape(head) {
+            Shape::One(pos) => Some(pos),
+            Shape::Empty | Shape::Chain(_) => None,
+        }
+    }
+
     /// The first entry of a list.
     #[must_use]
     pub fn first(&self, head: RmapHead) -> Option<SptePos> {

@@ -64,7 +64,11 @@ impl Shadow {
 
     /// Marks every way up from a page (`kvm_mmu_mark_parents_unsync`, 6.1).
     pub(crate) fn mark_parents_unsync(&mut self, id: PageId) {
-        let parents: Vec<_> = self.lists.iter(self.arena[id].parents).collect();
+        let parents = self.arena[id].parents;
+        if let Some(only) = self.lists.only(parents) {
+            return self.mark_entry_unsync(only.page(), only.index());
+        }
+        let parents: Vec<_> = self.lists.iter(parents).collect();
         for pos in parents {
             self.mark_entry_unsync(pos.page(), pos.index());
         }
