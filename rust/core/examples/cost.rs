@@ -59,8 +59,6 @@ fn cr3(vm: &mut Vm) {
     vm.control(0, Control::Cr3(ROOT), None);
 }
 
-fn nothing(_: &mut Vm, _: u64) {}
-
 /// Shadow tables are there, and each page's neighbours are not present.
 fn lone_pages(vm: &mut Vm, n: u64) {
     for page in 0..n * 8 {
@@ -74,6 +72,45 @@ fn first_of_each_table(vm: &mut Vm, n: u64) {
     for table in 0..n.div_ceil(64) {
         read(vm, BASE + table * LARGE);
     }
+}
+
+/// Shadow tables are to be made, each with one page and no neighbours.
+fn lone_tables(vm: &mut Vm, n: u64) {
+    for table in 0..n {
+        for page in 1..8 {
+            set(vm, pte(BASE + table * LARGE + page * 4096), 0);
+        }
+    }
+    bookkeeping(vm, n);
+}
+
+/// KVM has the bookkeeping of a slot's frames from the first root on; here it comes with the first use of each 2 MiB.
+fn bookkeeping(vm: &mut Vm, n: u64) {
+    for table in 0..n {
+        read(vm, BASE + table * LARGE);
+    }
+    vm.set_nx_huge_pages(true); // zaps all shadow pages
+    vm.set_nx_huge_pages(false);
+    read(vm, 0);
+}
+
+fn hits(vm: &mut Vm, n: u64) {
+    (0..n).for_each(|_| read(vm, BASE));
+}
+
+/// An entry of an unsync table, with its group of 8 in the shadow.
+fn out_of_step(vm: &mut Vm, _: u64) {
+    read(vm, BASE);
+    write(vm, pte(BASE + 4096), (BASE + 4096) | FLAGS);
+}
+
+/// As `full_table`, with an eighth of the entries.
+fn sparse_table(vm: &mut Vm, _: u64) {
+    for page in 0..512 {
+        let gva = BASE + page * 4096;
+        set(vm, pte(gva), if page % 8 == 0 { gva | FLAGS } else { 0 });
+    }
+    groups(vm, 64);
 }
 
 fn groups(vm: &mut Vm, n: u64) {
@@ -142,7 +179,11 @@ fn directory(vm: &mut Vm, n: u64) {
 const EVENTS: &[(&str, Event, Event)] = &[
     ("fault", lone_pages, groups),
     ("prefetch", first_of_each_table, groups),
-    ("table", nothing, tables),
+    ("table", bookkeeping, tables),
+    ("lone_table", lone_tables, tables),
+    ("hit", full_table, hits),
+    ("sparse_resync", sparse_table, resync),
+    ("invlpg_unsync", out_of_step, invlpg),
     ("unsync", synced, unsync),
     ("resync", full_table, resync),
     ("cr3", full_table, loads),

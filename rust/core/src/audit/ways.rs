@@ -19,19 +19,19 @@ impl Audit<'_> {
 
     fn shadow_agrees(&self, way: &Way) -> bool {
         let (mut id, mut level) = (way.root, self.shadow.arena[way.root].level());
-        while level > Level::PT {
+        while level > way.level {
             let spte = self.shadow.spte(id.entry(way.first_address().index(level)));
             if !spte.is_table(level.0) || !self.is_valid(spte.child()) {
                 return false;
             }
             (id, level) = (spte.child(), level.down());
         }
-        id == way.table && self.shadow.arena[id].gfn == way.walk.steps[0].table
+        id == way.table && self.shadow.arena[id].gfn == way.walk.steps[usize::from(way.level.0) - 1].table
     }
 
     fn guest_agrees(&self, vcpu: &Vcpu, way: &Way) -> bool {
         let mode = vcpu.role.mode;
-        (2..=mode.top.0).all(|level| {
+        (way.level.0 + 1..=mode.top.0).all(|level| {
             let step = &way.walk.steps[usize::from(level) - 1];
             let at = mode.index(way.first_address(), Level(level));
             self.shadow.memory.host.entry(step.table, at, mode.entry_bytes) == step.pte.0

@@ -53,7 +53,7 @@ impl Ctx<'_> {
     }
 
     /// The end of the shadow's walk, by the way that the last one nearby has gone, if it is still true.
-    #[inline]
+    #[inline(always)]
     fn walk_near(&mut self, root: PageId, gva: Gva) -> (SptePos, Level) {
         let epoch = self.shadow.memory.ways_epoch;
         if let Some(table) = self.ways.near(root, gva, epoch) {
@@ -67,7 +67,7 @@ impl Ctx<'_> {
     }
 
     /// The load or store itself. `None` is the zero page, which a writable entry never maps.
-    #[inline]
+    #[inline(always)]
     fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
         self.vcpu.counters.x_ops += 1;
         self.vcpu.injected = None;

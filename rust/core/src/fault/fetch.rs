@@ -39,14 +39,18 @@ impl Ctx<'_> {
             return RetPf::Retry;
         }
         let mut id = root;
+        let memorable = walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top);
         for level in (walk.level.0 + 1..=top.0).rev() {
+            if memorable && level == 2 {
+                self.ways.remember((root, fault.gva), self.shadow, (id, Level::PD), walk);
+            }
             match self.descend_indirect(id, Level(level), fault, walk) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
             }
         }
-        if walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top) {
-            self.ways.remember(root, fault.gva, self.shadow, id, walk);
+        if memorable {
+            self.ways.remember((root, fault.gva), self.shadow, (id, Level::PT), walk);
         }
         self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }
@@ -119,7 +123,7 @@ impl Ctx<'_> {
         Some(self.link_if_new(pos, new))
     }
 
-    fn find_child(&mut self, gfn: Gfn, role: Role) -> PageId {
+    pub(crate) fn find_child(&mut self, gfn: Gfn, role: Role) -> PageId {
         let (child, flush) = self.shadow.get_page(gfn, role, &self.vcpu.role);
         self.pay(flush);
         if self.shadow.arena[child].unsync_children > 0 {
@@ -129,7 +133,7 @@ impl Ctx<'_> {
         child
     }
 
-    fn link_if_new(&mut self, pos: SptePos, new: Option<PageId>) -> PageId {
+    pub(crate) fn link_if_new(&mut self, pos: SptePos, new: Option<PageId>) -> PageId {
         if let Some(child) = new {
             let flush = self.shadow.link(pos, child);
             self.pay(flush);

@@ -103,7 +103,7 @@ impl Ctx<'_> {
 
     /// A fault goes the way of an address: what was counted against the pages on it is forgotten
     /// (`__clear_sp_write_flooding_count` in `FNAME(fetch)`, 6.1).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn forget_floods(&mut self, root: PageId, gva: Gva) {
         if self.ways.floods_moved(gva, self.shadow.floods) {
             self.shadow.clear_flood_path(root, gva);

@@ -10,8 +10,9 @@ use crate::cpu::{CpuView, permission_fault};
 use crate::fault::Ctx;
 use crate::fault::emulate::APIC_GFN;
 use crate::fault::insn::{Action, Insn};
+use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
-use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
+use crate::guest::walk::{GuestFault, GuestWalk, Step, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::Guest;
@@ -89,9 +90,15 @@ impl Ctx<'_> {
     pub(crate) fn quick_fault(&mut self, plain: &Plain, code: ErrorCode) -> Quick {
         let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
-        let Some(way) = self.ways.find(root, gva, self.shadow.memory.ways_epoch) else { return Quick::No };
-        let (pos, granted) = (way.table.entry(gva.index(Level::PT)), way.walk.steps[0].access);
-        let contents = self.shadow.memory.host.contents(way.walk.steps[0].table);
+        let epoch = self.shadow.memory.ways_epoch;
+        let (table, last) = match self.ways.find(root, gva, epoch) {
+            Some(way) => (Some(way.table), way.walk.steps[0]),
+            None => match self.ways.find_directory(root, gva, epoch).and_then(|way| self.last_table(way, gva)) {
+                Some(last) => (None, last),
+                None => return Quick::No,
+            },
+        };
+        let (contents, granted) = (self.shadow.memory.host.contents(last.table), last.access);
         let (gfn, access) = match self.plain_translation(contents, granted, gva, code, plain.ac) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return self.guest_fault(gva, base, code),
@@ -102,6 +109,15 @@ impl Ctx<'_> {
         if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
             return self.quick_store(plain, root, gfn, code);
         }
+        let table = match table {
+            Some(table) => table,
+            // What the whole way would refuse after it has linked tables must be known before.
+            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => {
+                self.link_last(root, gva, last)
+            }
+            None => return Quick::No,
+        };
+        let pos = table.entry(gva.index(Level::PT));
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
         let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, PT_A) } else { None } {
             Some(flush) => {
@@ -144,6 +160,35 @@ impl Ctx<'_> {
         }
         self.write_ram(false, Gpa(gfn.gpa().0 | plain.gva.offset()), plain.size, u128::from(value));
         Quick::Stored
+    }
+
+    /// The last-level table of an address below a directory, if there is one and all about it is plain.
+    fn last_table(&self, way: &Way, gva: Gva) -> Option<Step> {
+        let (role, directory, memory) = (&self.vcpu.role, way.walk.steps[1], &self.shadow.memory);
+        let index = role.mode.index(gva, Level::PD);
+        let (_, entry) = memory.host.present_and_entry(directory.table, index, role.mode.entry_bytes);
+        let pde = Gpte(entry);
+        let plain =
+            pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
+        let table = pde.gfn();
+        let there = plain && memory.has_slot(table) && memory.host.present(table);
+        there.then(|| Step { table, pte: pde, access: directory.access.and(pde.access()) })
+    }
+
+    /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.
+    fn link_last(&mut self, root: PageId, gva: Gva, last: Step) -> PageId {
+        let way = *self.ways.find_directory(root, gva, self.shadow.memory.ways_epoch).expect("it was found just now");
+        self.shadow.clear_flood_path(root, gva);
+        let pos = way.table.entry(gva.index(Level::PD));
+        let role = self.shadow.arena[way.table].role.child(pos.index(), false, last.access);
+        let linked = self.shadow.is_linked(pos, last.table, role);
+        let new = (!linked).then(|| self.find_child(last.table, role));
+        let table = self.link_if_new(pos, new);
+        let mut walk = way.walk;
+        walk.steps[1].pte = last.pte;
+        walk.steps[0] = Step { pte: Gpte(0), ..last };
+        self.ways.remember((root, gva), self.shadow, (table, Level::PT), &walk);
+        table
     }
 
     fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> Quick {

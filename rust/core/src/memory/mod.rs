@@ -36,6 +36,13 @@ pub struct Near<'a> {
 }
 
 impl Near<'_> {
+    /// Whether the host has a frame's page and may write it.
+    #[inline]
+    #[must_use]
+    pub fn is_plain(&self, gfn: Gfn) -> bool {
+        self.states[gfn.0 as usize % ENTRIES].writable()
+    }
+
     /// The bookkeeping of a frame that may be mapped with these rights without further ado: the host has its page and may
     /// write it, and no table is in it if it is to be writable. `None` also for a frame of another region.
     #[inline]
@@ -106,7 +113,7 @@ impl Memory {
 
     /// What is known of a frame and those around it (2 MiB), found in one look. `None` without a slot, or for one that
     /// takes no writes or logs them.
-    #[inline]
+    #[inline(always)]
     pub fn near(&mut self, gfn: Gfn) -> Option<Near<'_>> {
         if !self.slots.get(self.last).is_some_and(|slot| slot.holds(gfn)) {
             self.last = self.slots.iter().position(|slot| slot.holds(gfn))?;

@@ -78,7 +78,6 @@ impl Shadow {
             owed += Flush::when(true);
         }
         self.arena.set_spte(pos, Spte::table(child));
-        self.memory.ways_epoch += 1;
         self.lists.add(&mut self.arena[child].parents, pos);
         if self.arena[child].unsync || self.arena[child].unsync_children > 0 {
             self.mark_entry_unsync(pos.page(), pos.index());

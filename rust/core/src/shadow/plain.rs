@@ -45,7 +45,7 @@ const fn leaf_bits(gfn: Gfn, access: Access) -> u64 {
 
 impl Shadow {
     /// Makes a leaf; `mark` is A if somebody asks for the page. `None`, and nothing done, if it is not plain.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, mark: u64) -> Option<Flush> {
         let mut near = self.memory.near(gfn)?;
         let frame = near.plain_frame(gfn, access)?;
