@@ -28,6 +28,17 @@ from shadowkvm.errors import (
     TraceError,
 )
 from shadowkvm.events import EVENT_DTYPE, EVENT_INFO, EventInfo
+from shadowkvm.image import (
+    AddressWalk,
+    PageFlag,
+    PhysicalMemory,
+    Translations,
+    WalkFault,
+    WalkStep,
+    open_image,
+    translate,
+    walk,
+)
 from shadowkvm.ops import NO_PAGE, PAGE_SIZE, TRACE_DTYPE, Flag, Op
 from shadowkvm.result import OUTCOME_DTYPE, STATUS_NAMES, RunResult
 from shadowkvm.shadow import Page, Role, Root, ShadowTree
@@ -45,6 +56,7 @@ __all__ = [
     "PAGE_SIZE",
     "STATUS_NAMES",
     "TRACE_DTYPE",
+    "AddressWalk",
     "Chunk",
     "ConfigError",
     "CounterInfo",
@@ -56,6 +68,8 @@ __all__ = [
     "Op",
     "Outcome",
     "Page",
+    "PageFlag",
+    "PhysicalMemory",
     "PolicyError",
     "Recording",
     "RecordingWriter",
@@ -65,11 +79,17 @@ __all__ = [
     "ShadowKvmError",
     "ShadowTree",
     "TraceError",
+    "Translations",
     "Vcpu",
     "Vm",
+    "WalkFault",
+    "WalkStep",
     "__version__",
     "import_raw",
     "model_version",
+    "open_image",
+    "translate",
+    "walk",
 ]
 
 __version__: Final = _version("shadowkvm")

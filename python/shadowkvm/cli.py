@@ -21,7 +21,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import compare, report, verify, workload_verbs
+from shadowkvm import compare, report, translate_verb, verify, workload_verbs
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
@@ -29,6 +29,9 @@ from shadowkvm.output import event_file
 from shadowkvm.replay import open_trace, replay
 from shadowkvm.terminal import (
     Format,
+    FormatOption,
+    OutputOption,
+    QuietOption,
     UsageError,
     check_folder,
     choose_format,
@@ -81,17 +84,7 @@ app.command(policy_app)
 verify.add_verbs(app)
 compare.add_verbs(app)
 workload_verbs.add_verbs(app)
-
-FormatOption = Annotated[
-    Format | None,
-    Parameter(name="--format", help="table (for people), json or csv; else what the suffix of -o says, else table."),
-]
-OutputOption = Annotated[
-    Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
-]
-QuietOption = Annotated[
-    bool, Parameter(name=["--quiet", "-q"], negative="", show_default=False, help="No progress on stderr.")
-]
+translate_verb.add_verbs(app)
 
 
 def _bytes(_: Any, tokens: Sequence[Any]) -> int:

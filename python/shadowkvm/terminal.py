@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
+from cyclopts import Parameter
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -21,6 +22,9 @@ from shadowkvm.output import write_atomically
 
 __all__ = [
     "Format",
+    "FormatOption",
+    "OutputOption",
+    "QuietOption",
     "UsageError",
     "check_folder",
     "choose_format",
@@ -32,6 +36,17 @@ __all__ = [
 ]
 
 Format = Literal["table", "json", "csv"]
+
+FormatOption = Annotated[
+    Format | None,
+    Parameter(name="--format", help="table (for people), json or csv; else what the suffix of -o says, else table."),
+]
+OutputOption = Annotated[
+    Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
+]
+QuietOption = Annotated[
+    bool, Parameter(name=["--quiet", "-q"], negative="", show_default=False, help="No progress on stderr.")
+]
 
 # Of what is printed to a file or a pipe.
 _WIDTH: Final = 100

@@ -25,16 +25,23 @@ from shadowkvm.kvm.driver import COMPARED
 from shadowkvm.kvm.record import Backend
 from shadowkvm.kvm.referee import Events, Verdict, events_at, judge, judge_recorded
 from shadowkvm.kvm.tracetext import Normaliser, same_event
-from shadowkvm.terminal import Format, UsageError, check_folder, choose_format, emit, rows_progress, say
+from shadowkvm.terminal import (
+    Format,
+    OutputOption,
+    QuietOption,
+    UsageError,
+    check_folder,
+    choose_format,
+    emit,
+    rows_progress,
+    say,
+)
 
 __all__ = ["add_verbs", "doctor", "verify"]
 
 BackendName = Literal["recorded", "qemu", "kvm"]
 SCHEMA: Final = "shadowkvm.verify/1"
 FormatOption = Annotated[Format | None, Parameter(name="--format", help="table (for people) or json.")]
-OutputOption = Annotated[
-    Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
-]
 KernelRootOption = Annotated[
     Path | None,
     Parameter(
@@ -42,9 +49,6 @@ KernelRootOption = Annotated[
         " [default: $SHADOWKVM_KERNEL_ROOT, else /]",
         show_default=False,
     ),
-]
-QuietOption = Annotated[
-    bool, Parameter(name=["--quiet", "-q"], negative="", show_default=False, help="No progress on stderr.")
 ]
 
 

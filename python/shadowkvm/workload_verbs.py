@@ -12,7 +12,19 @@ from cyclopts import App, Parameter
 from shadowkvm import workload_report as report
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
 from shadowkvm.errors import InvariantError, TraceError
-from shadowkvm.terminal import Format, UsageError, check_folder, choose_format, emit, part_progress, say, show_list
+from shadowkvm.terminal import (
+    Format,
+    FormatOption,
+    OutputOption,
+    QuietOption,
+    UsageError,
+    check_folder,
+    choose_format,
+    emit,
+    part_progress,
+    say,
+    show_list,
+)
 from shadowkvm.vm import Vm
 from shadowkvm.workloads import Scenario, Step, entries, get
 
@@ -20,17 +32,8 @@ __all__ = ["add_verbs"]
 
 _SCHEMA: Final = "shadowkvm.workloads/1"
 
-FormatOption = Annotated[
-    Format | None, Parameter(name="--format", help="table (for people), json or csv; else what the suffix of -o says.")
-]
 JsonOption = Annotated[
     bool, Parameter(name="--json", negative="", show_default=False, help="The same as --format json.")
-]
-OutputOption = Annotated[
-    Path | None, Parameter(name=["--output", "-o"], help="Write to this file instead of stdout: whole, or not at all.")
-]
-QuietOption = Annotated[
-    bool, Parameter(name=["--quiet", "-q"], negative="", show_default=False, help="No progress on stderr.")
 ]
 ScaleOption = Annotated[float, Parameter(help="How much is done: multiplies what `show` marks with x scale.")]
 SeedOption = Annotated[int, Parameter(help="Of all chance in it: the same seed, the same scenario.")]

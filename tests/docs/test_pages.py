@@ -1,4 +1,4 @@
-"""docs/guests.md and docs/workloads.md: generated parts, examples and their output, commands, links."""
+"""docs/guests.md, docs/translate.md, docs/workloads.md: generated parts, examples and their output, commands, links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shadowkvm import cli
 from shadowkvm.workloads import entries
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("guests.md", "workloads.md")
+PAGES = ("guests.md", "translate.md", "workloads.md")
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -25,8 +25,13 @@ def test_generated_parts_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_print_what_is_said(page: str) -> None:
+def test_examples_print_what_is_said(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one page run one after the other; the text block that follows one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page)
+
+
+def run_blocks(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 1
@@ -48,6 +53,8 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     lines += [line for line in re.findall(r"`(shadowkvm [^`]*)`", text) if not line.endswith("list")]
     monkeypatch.chdir(tmp_path)
+    if page == "translate.md":
+        run_blocks(page)  # they write the dump
     for line in lines:
         words = line.split()
         assert words[0] == "shadowkvm"
