@@ -17,6 +17,8 @@ const MEMORY: u64 = 256 << 20;
 const ROOT: u64 = 0x1000;
 const PD: u64 = 0x10000;
 const TABLES: u64 = 0x100000;
+const DIRECTORIES: u64 = 0x20_0000;
+const CHILDREN: u64 = 0x40_0000;
 /// Where the events take place: clear of the tables.
 const BASE: u64 = 64 << 20;
 const LARGE: u64 = 2 << 20;
@@ -104,13 +106,32 @@ fn out_of_step(vm: &mut Vm, _: u64) {
     write(vm, pte(BASE + 4096), (BASE + 4096) | FLAGS);
 }
 
-/// As `full_table`, with an eighth of the entries.
-fn sparse_table(vm: &mut Vm, _: u64) {
+/// One table with a present entry, and so a present shadow entry, in each `STEP`: 64 or 1 of them.
+fn sparse_table<const STEP: u64>(vm: &mut Vm, _: u64) {
     for page in 0..512 {
         let gva = BASE + page * 4096;
-        set(vm, pte(gva), if page % 8 == 0 { gva | FLAGS } else { 0 });
+        set(vm, pte(gva), if page % STEP == 0 { gva | FLAGS } else { 0 });
     }
-    groups(vm, 64);
+    (0..512 / STEP).for_each(|group| read(vm, BASE + group * STEP * 4096));
+}
+
+/// Directories with four tables each, in use, and written twice; a third store in a row is a flood.
+fn twice_written(vm: &mut Vm, n: u64) {
+    assert!(n <= 200, "flood: N is {n}, the guest has room for 200 directories");
+    for directory in 0..n {
+        set(vm, 0x2000 + 8 * (directory + 1), (DIRECTORIES + 4096 * directory) | FLAGS);
+        for table in 0..4 {
+            let gpa = CHILDREN + 4096 * (4 * directory + table);
+            set(vm, DIRECTORIES + 4096 * directory + 8 * table, gpa | FLAGS);
+            set(vm, gpa, BASE | FLAGS);
+            read(vm, ((directory + 1) << 30) | (table << 21));
+        }
+    }
+    (0..2).for_each(|_| third_store(vm, n));
+}
+
+fn third_store(vm: &mut Vm, n: u64) {
+    (0..n).for_each(|directory| write(vm, DIRECTORIES + 4096 * directory + 8 * 200, BASE | FLAGS));
 }
 
 fn groups(vm: &mut Vm, n: u64) {
@@ -182,14 +203,16 @@ const EVENTS: &[(&str, Event, Event)] = &[
     ("table", bookkeeping, tables),
     ("lone_table", lone_tables, tables),
     ("hit", full_table, hits),
-    ("sparse_resync", sparse_table, resync),
     ("invlpg_unsync", out_of_step, invlpg),
     ("unsync", synced, unsync),
-    ("resync", full_table, resync),
+    ("resync_512", full_table, resync),
+    ("resync_64", sparse_table::<8>, resync),
+    ("resync_1", sparse_table::<512>, resync),
     ("cr3", full_table, loads),
     ("invlpg", full_table, invlpg),
     ("reflected", not_present, reflected),
     ("directory", full_table, directory),
+    ("flood", twice_written, third_store),
 ];
 
 fn main() {

@@ -1,8 +1,9 @@
 //! Walks through images of physical memory: arrays in, arrays out, the GIL released.
 
+use crate::buffer::{slice, slice_mut};
 use crate::errors;
 use crate::number::word;
-use pyo3::buffer::{Element, PyBuffer};
+use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use shadowkvm_core::image::{Block, Image, Rules, Segment, Viewer as Core};
 use shadowkvm_core::types::{AccessKind, Gva};
@@ -96,36 +97,4 @@ fn image(segments: &[(u64, PyBuffer<u8>)]) -> PyResult<Image<'_>> {
     let segments: PyResult<Vec<_>> =
         segments.iter().map(|(base, buffer)| Ok(Segment { base: *base, bytes: slice(buffer)? })).collect();
     Image::new(segments?).map_err(errors::config)
-}
-
-fn contiguous<T: Element>(buffer: &PyBuffer<T>) -> PyResult<()> {
-    if buffer.is_c_contiguous() { Ok(()) } else { Err(errors::refused("the buffer is not contiguous".into())) }
-}
-
-/// A buffer's items. It stays what it is as long as the buffer is held, with the GIL or without; another thread that
-/// writes it meanwhile makes the values that are read from it any values, which is all that a walk needs to bear.
-#[allow(unsafe_code, reason = "PyO3 lends a buffer only with the GIL held; a dump is read for seconds")]
-fn slice<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&[T]> {
-    contiguous(buffer)?;
-    if buffer.item_count() == 0 {
-        return Ok(&[]);
-    }
-    // SAFETY: the buffer protocol guarantees `item_count` items of T (PyO3 checked the format and the alignment) at
-    // `buf_ptr` until the buffer is released, which the borrow outlives not.
-    Ok(unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
-}
-
-/// The items of a buffer that nobody else has: the package allocates it for the call.
-#[allow(unsafe_code, reason = "PyO3 lends a buffer only with the GIL held; a dump is read for seconds")]
-#[allow(clippy::mut_from_ref, reason = "the buffer is a handle; what it points to is ours alone")]
-fn slice_mut<T: Element>(buffer: &PyBuffer<T>) -> PyResult<&mut [T]> {
-    contiguous(buffer)?;
-    if buffer.readonly() {
-        return Err(errors::refused("the array for results is read-only".into()));
-    }
-    if buffer.item_count() == 0 {
-        return Ok(&mut []);
-    }
-    // SAFETY: as in `slice`; and the array was made for this call alone, so nothing else refers to its items.
-    Ok(unsafe { std::slice::from_raw_parts_mut(buffer.buf_ptr().cast(), buffer.item_count()) })
 }

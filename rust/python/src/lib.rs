@@ -1,5 +1,6 @@
 //! The Python binding: `shadowkvm._core`. Conversions, the GIL, and nothing else; every rule is in `shadowkvm-core`.
 
+mod buffer;
 mod errors;
 mod image;
 mod number;

@@ -1,5 +1,6 @@
 //! The VM: host requests, traces, and views of its state.
 
+use crate::buffer::slice;
 use crate::errors;
 use crate::vcpu::Vcpu;
 use pyo3::buffer::PyBuffer;
@@ -7,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
-use shadowkvm_core::engine::{Pages, RunOptions, Vm as Engine};
+use shadowkvm_core::engine::{Pages, RunOptions, RunTotals, Vm as Engine};
 use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
@@ -22,7 +23,7 @@ type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, py
 #[pyclass(subclass, module = "shadowkvm._core")]
 pub(crate) struct Vm {
     pub(crate) engine: Engine,
-    /// The rows of the run under way, copied so that another thread may change the array meanwhile; kept for the next.
+    /// The rows under way, copied so that another thread may change the array meanwhile; kept for the next.
     rows: Vec<u8>,
 }
 
@@ -42,6 +43,8 @@ fn host_state(name: &str) -> PyResult<HostState> {
     })
 }
 
+/// Rows that are copied at a time: few enough to stay in the nearest cache until they are run.
+const BLOCK: usize = 512;
 /// A request for bytes of guest memory in one call; more would be an accident.
 const MAX_READ: usize = 1 << 32;
 
@@ -191,18 +194,24 @@ impl Vm {
         pages: Option<PyBuffer<u8>>,
         outcomes: bool,
     ) -> PyResult<RunTuple<'py>> {
-        self.rows.resize(rows.len_bytes(), 0);
-        rows.copy_to_slice(py, &mut self.rows)?;
+        let rows = slice(&rows)?;
         let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
-        let mut out = Vec::with_capacity(if outcomes { self.rows.len() } else { 0 });
-        let (engine, rows) = (&mut self.engine, &self.rows);
+        let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
+        let (engine, block) = (&mut self.engine, &mut self.rows);
         let totals = py.detach(|| {
-            let options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
-            if outcomes {
-                engine.run(rows, &options, |outcome| out.extend_from_slice(&packed(outcome)))
-            } else {
-                engine.run(rows, &options, |_| {})
+            let mut options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
+            let mut totals = RunTotals::default();
+            for part in rows.chunks(BLOCK * ROW_BYTES) {
+                block.clear();
+                block.extend_from_slice(part);
+                totals.add(&if outcomes {
+                    engine.run(block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
+                } else {
+                    engine.run(block, &options, |_| {})?
+                });
+                options.first_row += BLOCK as u64;
             }
+            Ok(totals)
         });
         let totals = totals.map_err(errors::trace)?;
         let bytes = outcomes.then(|| pyo3::types::PyBytes::new(py, &out));

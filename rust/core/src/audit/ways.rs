@@ -9,7 +9,7 @@ impl Audit<'_> {
     /// Each way that still holds for a root of the vCPU: the shadow's links and the guest's entries are as remembered.
     pub(super) fn check_ways(&mut self, vcpu: &Vcpu, ways: &Ways) {
         let roots: Vec<_> = std::iter::once(vcpu.root).chain(vcpu.prev_roots).filter_map(|root| root.page()).collect();
-        for way in ways.all(self.shadow.memory.ways_epoch).filter(|way| roots.contains(&way.root)) {
+        for way in ways.all(self.shadow).filter(|way| roots.contains(&way.root())) {
             let (shadow, guest) = (self.shadow_agrees(way), self.guest_agrees(vcpu, way));
             self.expect(shadow && guest, |_| {
                 format!("vCPU {} remembers a way to {:#x} that is no more", vcpu.id, way.first_address())
@@ -18,7 +18,7 @@ impl Audit<'_> {
     }
 
     fn shadow_agrees(&self, way: &Way) -> bool {
-        let (mut id, mut level) = (way.root, self.shadow.arena[way.root].level());
+        let (mut id, mut level) = (way.root(), self.shadow.arena[way.root()].level());
         while level > way.level {
             let spte = self.shadow.spte(id.entry(way.first_address().index(level)));
             if !spte.is_table(level.0) || !self.is_valid(spte.child()) {

@@ -2,7 +2,7 @@
 
 mod permission;
 
-pub use permission::{CpuView, key_fault, permission_fault};
+pub use permission::{CpuView, LeafTest, key_fault, permission_fault};
 
 use crate::bits::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_ALWAYS, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
@@ -143,6 +143,7 @@ pub struct CpuRole {
     pub reserved: [[u64; 2]; 6],
     faults: permission::FaultTable,
     hardware_faults: permission::FaultTable,
+    leaf_tests: [LeafTest; 16],
 }
 
 impl CpuRole {
@@ -164,9 +165,11 @@ impl CpuRole {
             reserved: reserved_bits(mode, nx, pse, cpu),
             faults: [0; 16],
             hardware_faults: [0; 16],
+            leaf_tests: [LeafTest::NONE; 16],
         };
         role.faults = permission::fault_table(&role);
         role.hardware_faults = permission::hardware_table(&role);
+        role.leaf_tests = permission::leaf_tests(&role);
         role
     }
 

@@ -1,5 +1,6 @@
 //! Whether the guest's rights allow an access, and whether a shadow entry's do.
 
+use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_U, PT_W};
 use crate::cpu::CpuRole;
 use crate::types::{Access, AccessKind, ErrorCode};
 
@@ -47,6 +48,42 @@ pub(super) const fn hardware_table(role: &CpuRole) -> FaultTable {
     fault_table(&CpuRole { wp: true, nx: true, ..*role })
 }
 
+/// What bits of a shadow leaf let an access pass with nothing left to do: those in `mask` must be as in `value`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeafTest {
+    mask: u64,
+    value: u64,
+}
+
+/// An address bit that no host has: what an MMIO entry of the shadow is recognised by.
+const RESERVED: u64 = 1 << 51;
+
+impl LeafTest {
+    pub(super) const NONE: Self = Self { mask: 0, value: 0 };
+
+    /// Whether the leaf is present, allows the access, and has its A and D bits already.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passes(self, leaf: u64) -> bool {
+        leaf & self.mask == self.value
+    }
+}
+
+/// `hardware_table` as tests of whole entries; keys are left out.
+pub(super) const fn leaf_tests(role: &CpuRole) -> [LeafTest; 16] {
+    let mut tests = [LeafTest::NONE; 16];
+    let mut row = 0;
+    while row < 16 {
+        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
+        let supervisors = !user && if fetch { role.smep } else { smap };
+        let set = PT_P | PT_A | if write { PT_W | PT_D } else { 0 } | if user { PT_U } else { 0 };
+        let clear = RESERVED | if fetch { PT_NX } else { 0 } | if supervisors { PT_U } else { 0 };
+        tests[row] = LeafTest { mask: set | clear, value: set };
+        row += 1;
+    }
+    tests
+}
+
 /// The state of the CPU that its own walk of the shadow obeys, for one instruction.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuView {
@@ -73,6 +110,13 @@ impl CpuView {
     #[must_use]
     pub const fn forbids(self, role: &CpuRole, have: Access, kind: AccessKind) -> bool {
         role.hardware_faults[row(self.code(kind), self.smap_holds)] >> have.0 & 1 != 0
+    }
+
+    /// The test that a leaf must pass for an access without anything left to do.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leaf_test(self, role: &CpuRole, kind: AccessKind) -> LeafTest {
+        role.leaf_tests[row(self.code(kind), self.smap_holds)]
     }
 
     /// Whether PKRU does.
@@ -130,6 +174,23 @@ mod tests {
         assert!(!role.wp && view.forbids(&role, Access::X, AccessKind::Write));
         assert!(!role.nx && view.forbids(&role, Access::W, AccessKind::Fetch));
         assert!(!view.forbids(&role, Access::NONE, AccessKind::Read));
+    }
+
+    #[test]
+    fn leaf_tests_are_the_table() {
+        for (cr4, cr0) in [(0x20, 0x8000_0033), (0x10_0020, 0x8001_0033), (0x30_0020, 0x8001_0033)] {
+            let role = CpuRole::of(&Registers { cr0, cr4, ..Registers::default() }, &ZEN);
+            for (row, rights) in (0..16).flat_map(|row| (0..8).map(move |rights| (row, Access(rights)))) {
+                let [x, w, u] = [Access::X, Access::W, Access::U].map(|right| rights.has(right));
+                let bits = if x { 0 } else { PT_NX } | if w { PT_W } else { 0 } | if u { PT_U } else { 0 };
+                let leaf = bits | PT_P | PT_A | PT_D;
+                let allowed = role.hardware_faults[row] >> rights.0 & 1 == 0;
+                let passes = |leaf| role.leaf_tests[row].passes(leaf);
+                assert_eq!(passes(leaf), allowed, "row {row}, {rights:?}");
+                assert!(!passes(leaf & !PT_A) && !passes(leaf & !PT_P) && !passes(leaf | RESERVED));
+                assert!(row & 1 == 0 || !passes(leaf & !PT_D));
+            }
+        }
     }
 
     #[test]

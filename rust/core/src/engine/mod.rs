@@ -5,6 +5,7 @@ mod control;
 mod deliver;
 mod dirty;
 mod entry;
+mod hits;
 mod host;
 mod notifier;
 mod plain;

@@ -54,16 +54,23 @@ impl Ctx<'_> {
 
     /// The end of the shadow's walk, by the way that the last one nearby has gone, if it is still true.
     #[inline(always)]
-    fn walk_near(&mut self, root: PageId, gva: Gva) -> (SptePos, Level) {
-        let epoch = self.shadow.memory.ways_epoch;
-        if let Some(table) = self.ways.near(root, gva, epoch) {
-            return (table.entry(gva.index(Level::PT)), Level::PT);
-        }
-        let end = self.shadow.walk_down(root, gva);
-        if end.1 == Level::PT {
-            self.ways.remember_near(root, gva, epoch, end.0.page());
-        }
-        end
+    pub(super) fn walk_near(&mut self, root: PageId, gva: Gva) -> (SptePos, Level) {
+        let directory = match self.ways.near(root, gva, self.shadow) {
+            Some(directory) => directory,
+            None => match self.seek_near(root, gva) {
+                Ok(directory) => directory,
+                Err(end) => return end,
+            },
+        };
+        self.shadow.walk_directory(directory, gva)
+    }
+
+    /// Walks to the directory of an address; the error is where the walk ends before.
+    #[inline(never)]
+    fn seek_near(&mut self, root: PageId, gva: Gva) -> Result<PageId, (SptePos, Level)> {
+        let directory = self.shadow.directory(root, gva)?;
+        self.ways.remember_near(root, gva, self.shadow, directory);
+        Ok(directory)
     }
 
     /// The load or store itself. `None` is the zero page, which a writable entry never maps.

@@ -27,7 +27,7 @@ impl Ctx<'_> {
     /// leaf. `Retry` if a guest entry changed in the meantime.
     pub(crate) fn fetch(&mut self, fault: &mut Fault, walk: &GuestWalk, root: PageId) -> RetPf {
         if walk.level == Level::PT
-            && let Some(way) = self.ways.find(root, fault.gva, self.shadow.memory.ways_epoch)
+            && let Some(way) = self.ways.find(root, fault.gva, self.shadow)
         {
             // All links are there.
             let table = way.table;
@@ -38,11 +38,12 @@ impl Ctx<'_> {
         if self.gpte_changed(fault, walk, top) {
             return RetPf::Retry;
         }
-        let mut id = root;
+        let (mut id, mut directory) = (root, root);
         let memorable = walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top);
         for level in (walk.level.0 + 1..=top.0).rev() {
             if memorable && level == 2 {
-                self.ways.remember((root, fault.gva), self.shadow, (id, Level::PD), walk);
+                directory = id;
+                self.ways.remember_directory((root, fault.gva), self.shadow, id, walk);
             }
             match self.descend_indirect(id, Level(level), fault, walk) {
                 Some(child) => id = child,
@@ -50,7 +51,7 @@ impl Ctx<'_> {
             }
         }
         if memorable {
-            self.ways.remember((root, fault.gva), self.shadow, (id, Level::PT), walk);
+            self.ways.remember((root, fault.gva), self.shadow, (directory, id), walk);
         }
         self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }

@@ -9,6 +9,7 @@ pub mod page_fault;
 pub mod pte_write;
 pub(crate) mod quick;
 pub mod retry;
+mod seek;
 pub(crate) mod ways;
 
 use crate::bits::{CR4_LA57, PT_ADDR};
@@ -97,7 +98,7 @@ impl Ctx<'_> {
     #[inline]
     pub(crate) fn walk_begun(&self, gva: Gva) -> GuestWalk {
         let root = self.vcpu.root.page();
-        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow.memory.ways_epoch));
+        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow));
         way.map_or(GuestWalk::start(), |way| way.walk)
     }
 

@@ -90,14 +90,7 @@ impl Ctx<'_> {
     pub(crate) fn quick_fault(&mut self, plain: &Plain, code: ErrorCode) -> Quick {
         let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
-        let epoch = self.shadow.memory.ways_epoch;
-        let (table, last) = match self.ways.find(root, gva, epoch) {
-            Some(way) => (Some(way.table), way.walk.steps[0]),
-            None => match self.ways.find_directory(root, gva, epoch).and_then(|way| self.last_table(way, gva)) {
-                Some(last) => (None, last),
-                None => return Quick::No,
-            },
-        };
+        let Some((table, last)) = self.quick_table(root, gva) else { return Quick::No };
         let (contents, granted) = (self.shadow.memory.host.contents(last.table), last.access);
         let (gfn, access) = match self.plain_translation(contents, granted, gva, code, plain.ac) {
             Translation::Page(gfn, access) => (gfn, access),
@@ -142,6 +135,29 @@ impl Ctx<'_> {
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
+    /// The guest's last-level table of an address, and the shadow's if it is linked already.
+    #[inline(always)]
+    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Step)> {
+        match self.ways.find(root, gva, self.shadow) {
+            Some(way) => Some((Some(way.table), way.walk.steps[0])),
+            None => self.seek_table(root, gva),
+        }
+    }
+
+    #[inline(never)]
+    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Step)> {
+        if self.ways.find_directory(root, gva, self.shadow).is_none() {
+            if !self.seek_way(root, gva) {
+                return None;
+            }
+            if let Some(way) = self.ways.find(root, gva, self.shadow) {
+                return Some((Some(way.table), way.walk.steps[0]));
+            }
+        }
+        let way = self.ways.find_directory(root, gva, self.shadow)?;
+        self.last_table(way, gva).map(|last| (None, last))
+    }
+
     /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
     fn quick_store(&mut self, plain: &Plain, root: PageId, gfn: Gfn, code: ErrorCode) -> Quick {
         let generation = self.shadow.memory.generation;
@@ -177,7 +193,7 @@ impl Ctx<'_> {
 
     /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.
     fn link_last(&mut self, root: PageId, gva: Gva, last: Step) -> PageId {
-        let way = *self.ways.find_directory(root, gva, self.shadow.memory.ways_epoch).expect("it was found just now");
+        let way = *self.ways.find_directory(root, gva, self.shadow).expect("it was found just now");
         self.shadow.clear_flood_path(root, gva);
         let pos = way.table.entry(gva.index(Level::PD));
         let role = self.shadow.arena[way.table].role.child(pos.index(), false, last.access);
@@ -187,7 +203,7 @@ impl Ctx<'_> {
         let mut walk = way.walk;
         walk.steps[1].pte = last.pte;
         walk.steps[0] = Step { pte: Gpte(0), ..last };
-        self.ways.remember((root, gva), self.shadow, (table, Level::PT), &walk);
+        self.ways.remember((root, gva), self.shadow, (way.table, table), &walk);
         table
     }
 
@@ -199,7 +215,7 @@ impl Ctx<'_> {
 
     #[cold]
     fn protected(&self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
-        let walk = self.ways.find(root, gva, self.shadow.memory.ways_epoch).map(|way| way.walk);
+        let walk = self.ways.find(root, gva, self.shadow).map(|way| way.walk);
         Quick::Protected { write_to_table: walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk })) }
     }
 

@@ -2,8 +2,8 @@
 //!
 //! While nothing moves [`Memory::ways_epoch`](crate::memory::Memory), the upper tables of an address stay what they were:
 //! the guest's are write-tracked as long as the shadow links them, so that no store reaches them unseen. Whatever takes a
-//! link away moves the epoch (a store that is emulated takes those of the entry that it hits), and so does every change
-//! of a slot, or of memory by the host. So a fault can begin its walks at the last-level table, or at its directory. It is
+//! link away says so: at a directory by its count of them, above by the epoch (a store that is emulated takes those of the
+//! entry that it hits). Every change of a slot, or of memory by the host, moves the epoch, too. So a fault can begin its walks at the last-level table, or at its directory. It is
 //! no part of KVM and changes nothing but the time that a fault takes.
 
 use crate::guest::walk::GuestWalk;
@@ -14,21 +14,52 @@ use crate::types::{Gva, Level, PageId};
 const LAST: usize = 64;
 /// How many to directories: one for each GiB.
 const DIRECTORIES: usize = 16;
-/// How many of the shadow's walks alone, for each 2 MiB region.
-const NEAR: usize = 256;
+/// How many to directories of the shadow alone, which accesses without a fault go, too.
+const NEAR: usize = 64;
 
 /// Address bits of what a table of level 1 or 2 maps.
 const fn shift(level: Level) -> u32 {
     12 + 9 * level.0 as u32
 }
 
+/// Where a remembered way begins, and what must not have moved since.
+#[derive(Clone, Copy, Debug)]
+struct Track {
+    /// The number of the region that it is for.
+    region: u64,
+    epoch: u64,
+    /// The shadow page that it begins at.
+    root: PageId,
+    /// The directory (level 2) that it leads to, or over.
+    directory: PageId,
+    /// The directory's count of links that were taken away.
+    unlinks: u32,
+}
+
+impl Track {
+    /// Nobody's: the epoch of memory is never 0.
+    const NONE: Self = Self { region: 0, epoch: 0, root: PageId(0), directory: PageId(0), unlinks: 0 };
+
+    #[inline]
+    fn new(region: u64, root: PageId, directory: PageId, shadow: &Shadow) -> Self {
+        Self { region, epoch: shadow.memory.ways_epoch, root, directory, unlinks: shadow.arena.unlinks(directory) }
+    }
+
+    #[inline(always)]
+    fn leads(&self, region: u64, root: PageId, shadow: &Shadow) -> bool {
+        self.region == region && self.root == root && self.holds(shadow)
+    }
+
+    #[inline(always)]
+    fn holds(&self, shadow: &Shadow) -> bool {
+        self.epoch == shadow.memory.ways_epoch && self.unlinks == shadow.arena.unlinks(self.directory)
+    }
+}
+
 /// The way to one table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Way {
-    region: u64,
-    /// The root that it begins at.
-    pub root: PageId,
-    epoch: u64,
+    track: Track,
     /// The shadow table, of level 1 or 2.
     pub table: PageId,
     /// Its level.
@@ -41,24 +72,18 @@ pub(crate) struct Way {
 
 impl Way {
     const fn none(level: Level) -> Self {
-        // The epoch of memory is never 0.
-        let (root, table) = (PageId(0), PageId(0));
-        Self { region: 0, root, epoch: 0, table, level, floods: 0, walk: GuestWalk::start() }
+        Self { track: Track::NONE, table: PageId(0), level, floods: 0, walk: GuestWalk::start() }
+    }
+
+    /// The root that it begins at.
+    pub(crate) const fn root(&self) -> PageId {
+        self.track.root
     }
 
     /// The first address of its region.
     pub(crate) const fn first_address(&self) -> Gva {
-        Gva(self.region << shift(self.level))
+        Gva(self.track.region << shift(self.level))
     }
-}
-
-/// The shadow's part of a way alone, which accesses without a fault go, too.
-#[derive(Clone, Copy, Debug)]
-struct Near {
-    region: u64,
-    epoch: u64,
-    root: PageId,
-    table: PageId,
 }
 
 /// The ways that one vCPU remembers.
@@ -66,16 +91,15 @@ struct Near {
 pub(crate) struct Ways {
     last: Box<[Way; LAST]>,
     directories: Box<[Way; DIRECTORIES]>,
-    near: Box<[Near; NEAR]>,
+    near: Box<[Track; NEAR]>,
 }
 
 impl Default for Ways {
     fn default() -> Self {
-        let near = Near { region: 0, epoch: 0, root: PageId(0), table: PageId(0) };
         Self {
             last: Box::new([Way::none(Level::PT); LAST]),
             directories: Box::new([Way::none(Level::PD); DIRECTORIES]),
-            near: Box::new([near; NEAR]),
+            near: Box::new([Track::NONE; NEAR]),
         }
     }
 }
@@ -83,57 +107,68 @@ impl Default for Ways {
 impl Ways {
     /// The way to the last-level table of an address below `root`, if it is remembered and still true.
     #[inline]
-    pub(crate) fn find(&self, root: PageId, gva: Gva, epoch: u64) -> Option<&Way> {
+    pub(crate) fn find(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<&Way> {
         let region = gva.0 >> shift(Level::PT);
         let way = &self.last[region as usize % LAST];
-        (way.region == region && way.root == root && way.epoch == epoch).then_some(way)
+        way.track.leads(region, root, shadow).then_some(way)
     }
 
     /// The way to its directory.
     #[inline]
-    pub(crate) fn find_directory(&self, root: PageId, gva: Gva, epoch: u64) -> Option<&Way> {
+    pub(crate) fn find_directory(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<&Way> {
         let region = gva.0 >> shift(Level::PD);
         let way = &self.directories[region as usize % DIRECTORIES];
-        (way.region == region && way.root == root && way.epoch == epoch).then_some(way)
+        way.track.leads(region, root, shadow).then_some(way)
     }
 
-    /// The last-level shadow table of an address below `root`, if it is remembered and still true.
-    #[inline]
-    pub(crate) fn near(&self, root: PageId, gva: Gva, epoch: u64) -> Option<PageId> {
-        let region = gva.0 >> shift(Level::PT);
+    /// The shadow's directory of an address below `root`, if it is remembered and still true.
+    #[inline(always)]
+    pub(crate) fn near(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<PageId> {
+        let region = gva.0 >> shift(Level::PD);
         let near = &self.near[region as usize % NEAR];
-        (near.region == region && near.root == root && near.epoch == epoch).then_some(near.table)
+        near.leads(region, root, shadow).then_some(near.directory)
     }
 
-    /// Remembers the end of a walk through the shadow.
+    /// Remembers the directory that a walk through the shadow came to.
     #[inline]
-    pub(crate) fn remember_near(&mut self, root: PageId, gva: Gva, epoch: u64, table: PageId) {
-        let region = gva.0 >> shift(Level::PT);
-        self.near[region as usize % NEAR] = Near { region, epoch, root, table };
+    pub(crate) fn remember_near(&mut self, root: PageId, gva: Gva, shadow: &Shadow, directory: PageId) {
+        let region = gva.0 >> shift(Level::PD);
+        self.near[region as usize % NEAR] = Track::new(region, root, directory, shadow);
     }
 
     /// All that are still true.
-    pub(crate) fn all(&self, epoch: u64) -> impl Iterator<Item = &Way> {
-        self.last.iter().chain(&*self.directories).filter(move |way| way.epoch == epoch)
+    pub(crate) fn all(&self, shadow: &Shadow) -> impl Iterator<Item = &Way> {
+        self.last.iter().chain(&*self.directories).filter(|way| way.track.holds(shadow))
     }
 
-    /// Remembers a way that a fault has gone: `walk` is the guest's, `table` the shadow table of `level` that it came to.
+    /// Remembers a way that a fault has gone: `walk` is the guest's, `table` the shadow's last-level table below
+    /// `directory`.
     #[inline]
     pub(crate) fn remember(
         &mut self,
         (root, gva): (PageId, Gva),
         shadow: &Shadow,
-        (table, level): (PageId, Level),
+        (directory, table): (PageId, PageId),
         walk: &GuestWalk,
     ) {
-        let region = gva.0 >> shift(level);
-        let way = if level == Level::PT {
-            &mut self.last[region as usize % LAST]
-        } else {
-            &mut self.directories[region as usize % DIRECTORIES]
-        };
-        let (epoch, floods) = (shadow.memory.ways_epoch, shadow.floods);
-        *way = Way { region, root, epoch, table, level, floods, walk: *walk };
+        let region = gva.0 >> shift(Level::PT);
+        let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
+        self.last[region as usize % LAST] = Way { track, table, level: Level::PT, floods, walk: *walk };
+    }
+
+    /// The same for one that has come to its directory.
+    #[inline]
+    pub(crate) fn remember_directory(
+        &mut self,
+        (root, gva): (PageId, Gva),
+        shadow: &Shadow,
+        directory: PageId,
+        walk: &GuestWalk,
+    ) {
+        let region = gva.0 >> shift(Level::PD);
+        let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
+        let way = Way { track, table: directory, level: Level::PD, floods, walk: *walk };
+        self.directories[region as usize % DIRECTORIES] = way;
     }
 
     /// Whether a write was counted against a page since a fault last went the way of an address. It goes it now.
@@ -141,6 +176,11 @@ impl Ways {
     pub(crate) fn floods_moved(&mut self, gva: Gva, floods: u64) -> bool {
         let way = &mut self.last[(gva.0 >> shift(Level::PT)) as usize % LAST];
         std::mem::replace(&mut way.floods, floods) != floods
+    }
+
+    /// The way to the last-level table of an address was only looked for: no fault has gone it.
+    pub(crate) fn count_floods_anew(&mut self, gva: Gva) {
+        self.last[(gva.0 >> shift(Level::PT)) as usize % LAST].floods = !0;
     }
 
     /// Forgets everything: walks obey other rules now.

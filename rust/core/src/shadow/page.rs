@@ -79,6 +79,9 @@ pub struct Arena {
     sptes: Vec<u64>,
     /// The frame and rights that an entry of a page with gptes was made from.
     shadowed: Vec<u64>,
+    /// How often links at each page, as a directory, were taken away: those to its tables, and that to itself. Apart from
+    /// the rest, so that many fit into a cache.
+    unlinks: Vec<u32>,
     free: Vec<PageId>,
     buckets: Vec<u32>,
     /// Newest and oldest page of the active list.
@@ -92,6 +95,7 @@ impl Default for Arena {
             pages: Vec::new(),
             sptes: Vec::new(),
             shadowed: Vec::new(),
+            unlinks: Vec::new(),
             free: Vec::new(),
             buckets: vec![NONE; BUCKETS],
             newest: NONE,
@@ -125,6 +129,7 @@ impl Arena {
         } else {
             let id = PageId(self.pages.len() as u32);
             self.pages.push(page);
+            self.unlinks.push(0);
             if self.sptes.len() < self.pages.len() * ENTRIES {
                 self.grow();
             }
@@ -152,6 +157,20 @@ impl Arena {
         // A freed page must not look valid to anybody who still holds its number.
         self[id].role = self[id].role.invalidated();
         self.free.push(id);
+    }
+
+    /// A number that is another whenever a link at a page, as a directory, was taken away.
+    #[inline]
+    #[must_use]
+    pub fn unlinks(&self, directory: PageId) -> u32 {
+        self.unlinks[directory.0 as usize]
+    }
+
+    /// A link at a page, as a directory, is taken away.
+    #[inline]
+    pub fn note_unlink(&mut self, directory: PageId) {
+        let count = &mut self.unlinks[directory.0 as usize];
+        *count = count.wrapping_add(1);
     }
 
     /// The entry at a position.

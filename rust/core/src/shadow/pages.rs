@@ -102,6 +102,35 @@ impl Shadow {
         }
     }
 
+    /// The directory (level 2) of an address.
+    ///
+    /// # Errors
+    /// The walk ends before; where it does.
+    pub(crate) fn directory(&self, root: PageId, gva: Gva) -> Result<PageId, (SptePos, Level)> {
+        let (mut id, mut level) = (root, self.arena[root].level());
+        while level != Level::PD {
+            let pos = id.entry(gva.index(level));
+            let spte = self.spte(pos);
+            if !spte.is_table(level.0) {
+                return Err((pos, level));
+            }
+            (id, level) = (spte.child(), level.down());
+        }
+        Ok(id)
+    }
+
+    /// `walk_down` from the directory of an address.
+    #[inline(always)]
+    pub(crate) fn walk_directory(&self, directory: PageId, gva: Gva) -> (SptePos, Level) {
+        let pos = directory.entry(gva.index(Level::PD));
+        let spte = self.spte(pos);
+        if spte.is_table(Level::PD.0) {
+            (spte.child().entry(gva.index(Level::PT)), Level::PT)
+        } else {
+            (pos, Level::PD)
+        }
+    }
+
     /// Forgets the writes counted against the pages on the CPU's way to an address (`shadow_page_table_clear_flood`,
     /// 6.1).
     pub(crate) fn clear_flood_path(&mut self, root: PageId, gva: Gva) {

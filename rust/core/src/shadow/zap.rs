@@ -21,7 +21,17 @@ impl Shadow {
         let child = self.spte(pos).child();
         self.lists.remove(&mut self.arena[child].parents, pos);
         self.arena.set_spte(pos, Spte::EMPTY);
-        self.memory.ways_epoch += 1;
+        self.end_ways(pos, child);
+    }
+
+    /// The link at `pos` to `child` is gone, and so are the ways over it.
+    #[inline]
+    fn end_ways(&mut self, pos: SptePos, child: PageId) {
+        match self.arena[child].level() {
+            Level::PT => self.arena.note_unlink(pos.page()),
+            Level::PD => self.arena.note_unlink(child),
+            _ => self.memory.ways_epoch += 1,
+        }
     }
 
     /// Empties one entry (`mmu_page_zap_pte`, 6.1); whether it was present.
@@ -52,10 +62,13 @@ impl Shadow {
             self.zap_entry(id.entry(index));
         }
         debug_assert!(self.arena[id].used == Bitmap::default());
-        self.memory.ways_epoch += 1;
         let mut parents = std::mem::take(&mut self.arena[id].parents);
         for pos in self.lists.take(&mut parents) {
             self.arena.set_spte(pos, Spte::EMPTY);
+            self.end_ways(pos, id);
+        }
+        if self.arena[id].root_count > 0 {
+            self.end_ways(id.entry(0), id);
         }
         let was_valid = !self.arena[id].role.invalid();
         if was_valid && self.arena[id].has_gptes() {

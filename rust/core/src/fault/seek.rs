@@ -1,0 +1,54 @@
+//! Finding a way anew: where all upper tables are linked, a fault needs nothing from them but where they lead.
+
+use crate::fault::Ctx;
+use crate::guest::gpte::Gpte;
+use crate::guest::walk::{GuestWalk, Step};
+use crate::types::{Access, Gva, Level, PageId};
+
+impl Ctx<'_> {
+    /// Goes down the guest's tables and the shadow's together, and remembers the way to the last-level table of an
+    /// address, or at least to its directory. `false`, and nothing is remembered, if that takes more than looking.
+    pub(super) fn seek_way(&mut self, root: PageId, gva: Gva) -> bool {
+        let (mode, top) = (self.vcpu.role.mode, self.vcpu.role.mode.top);
+        if mode.pdptes || self.shadow.arena[root].level() != top {
+            return false;
+        }
+        let mut walk = GuestWalk { level: Level::PT, ..GuestWalk::start() };
+        let (mut id, mut level) = (root, top);
+        let mut step = Step { table: Gpte(self.vcpu.regs.cr3).gfn(), pte: Gpte(0), access: Access::ALL };
+        while level > Level::PD {
+            let Some((child, below)) = self.linked_below(id, &mut step, gva, level) else { return false };
+            walk.steps[usize::from(level.0) - 1] = step;
+            (id, step, level) = (child, below, level.down());
+        }
+        walk.steps[1] = step;
+        let below = self.linked_below(id, &mut step, gva, level);
+        self.ways.remember_directory((root, gva), self.shadow, id, &walk);
+        if let Some((table, last)) = below {
+            walk.steps[1] = step;
+            walk.steps[0] = last;
+            self.ways.remember((root, gva), self.shadow, (id, table), &walk);
+        }
+        // A fault has yet to go there.
+        self.ways.count_floods_anew(gva);
+        true
+    }
+
+    /// Reads the guest's entry of one level, and gives the shadow page and the guest's table below if the one is linked
+    /// for the other and a walk would change nothing.
+    fn linked_below(&self, id: PageId, step: &mut Step, gva: Gva, level: Level) -> Option<(PageId, Step)> {
+        let (role, memory) = (&self.vcpu.role, &self.shadow.memory);
+        let index = role.mode.index(gva, level);
+        let (there, entry) = memory.host.present_and_entry(step.table, index, role.mode.entry_bytes);
+        let pte = Gpte(entry);
+        step.pte = pte;
+        let plain = there && pte.present() && pte.accessed() && !pte.has_reserved(role, level);
+        if !plain || pte.is_leaf(role, level) || !memory.has_slot(step.table) {
+            return None;
+        }
+        let below = Step { table: pte.gfn(), pte: Gpte(0), access: step.access.and(pte.access()) };
+        let pos = id.entry(gva.index(level));
+        let child = self.shadow.arena[id].role.child(pos.index(), false, below.access);
+        self.shadow.is_linked(pos, below.table, child).then(|| (self.shadow.spte(pos).child(), below))
+    }
+}
