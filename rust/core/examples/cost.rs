@@ -1,13 +1,13 @@
-//! One kind of event N times, for callgrind: the instructions of one event are those of `cost EVENT N run`, less those
-//! of `cost EVENT N`, over N.
+//! One kind of event N times, as rows of a trace, for callgrind: the instructions of one event are those of
+//! `cost EVENT N run`, less those of `cost EVENT N`, over N.
 //!
 //!     cargo build --release --example cost
 //!     valgrind --tool=callgrind target/release/examples/cost fault 2000 run
 
 use shadowkvm_core::config::Config;
 use shadowkvm_core::cpu::Registers;
-use shadowkvm_core::engine::{Control, Vm};
-use shadowkvm_core::fault::insn::{Action, Insn};
+use shadowkvm_core::engine::{RunOptions, Vm};
+use shadowkvm_core::ops::{OpCode, Row};
 use shadowkvm_core::policy::Kvm;
 use shadowkvm_core::types::Gpa;
 
@@ -23,7 +23,10 @@ const CHILDREN: u64 = 0x40_0000;
 const BASE: u64 = 64 << 20;
 const LARGE: u64 = 2 << 20;
 
-type Event = fn(&mut Vm, u64);
+/// Makes a guest ready for N events.
+type Prepare = fn(&mut Vm, u64);
+/// Their rows.
+type Rows = fn(u64) -> Vec<Row>;
 
 /// A guest whose memory is mapped one to one by 4 KiB pages.
 fn guest() -> Vm {
@@ -49,16 +52,30 @@ const fn pte(gva: u64) -> u64 {
     TABLES + gva / 4096 * 8
 }
 
-fn read(vm: &mut Vm, gva: u64) {
-    vm.execute(0, &Insn::new(Action::Load, gva, 8));
+fn row(op: OpCode, addr: u64, value: u64) -> Row {
+    Row { op, size: 8, flags: 0, vcpu: 0, site: 0, addr, value }
 }
 
-fn write(vm: &mut Vm, gva: u64, value: u64) {
-    vm.execute(0, &Insn { value, ..Insn::new(Action::Store, gva, 8) });
+fn load(gva: u64) -> Row {
+    row(OpCode::Read, gva, 0)
 }
 
-fn cr3(vm: &mut Vm) {
-    vm.control(0, Control::Cr3(ROOT), None);
+fn store(gva: u64, value: u64) -> Row {
+    row(OpCode::Write, gva, value)
+}
+
+fn cr3() -> Row {
+    row(OpCode::Cr3, 0, ROOT)
+}
+
+fn run(vm: &mut Vm, rows: impl IntoIterator<Item = Row>) {
+    let bytes: Vec<u8> = rows.into_iter().flat_map(|row| row.encode()).collect();
+    run_bytes(vm, &bytes);
+}
+
+fn run_bytes(vm: &mut Vm, bytes: &[u8]) {
+    let options = RunOptions { no_values: true, ..RunOptions::default() };
+    vm.run(bytes, &options, |_| {}).expect("valid rows");
 }
 
 /// Shadow tables are there, and each page's neighbours are not present.
@@ -71,9 +88,7 @@ fn lone_pages(vm: &mut Vm, n: u64) {
 }
 
 fn first_of_each_table(vm: &mut Vm, n: u64) {
-    for table in 0..n.div_ceil(64) {
-        read(vm, BASE + table * LARGE);
-    }
+    run(vm, (0..n.div_ceil(64)).map(|table| load(BASE + table * LARGE)));
 }
 
 /// Shadow tables are to be made, each with one page and no neighbours.
@@ -88,22 +103,15 @@ fn lone_tables(vm: &mut Vm, n: u64) {
 
 /// KVM has the bookkeeping of a slot's frames from the first root on; here it comes with the first use of each 2 MiB.
 fn bookkeeping(vm: &mut Vm, n: u64) {
-    for table in 0..n {
-        read(vm, BASE + table * LARGE);
-    }
+    run(vm, tables(n));
     vm.set_nx_huge_pages(true); // zaps all shadow pages
     vm.set_nx_huge_pages(false);
-    read(vm, 0);
+    run(vm, [load(0)]);
 }
 
-fn hits(vm: &mut Vm, n: u64) {
-    (0..n).for_each(|_| read(vm, BASE));
-}
-
-/// An entry of an unsync table, with its group of 8 in the shadow.
-fn out_of_step(vm: &mut Vm, _: u64) {
-    read(vm, BASE);
-    write(vm, pte(BASE + 4096), (BASE + 4096) | FLAGS);
+/// One table with 512 present shadow entries.
+fn full_table(vm: &mut Vm, _: u64) {
+    run(vm, groups(64));
 }
 
 /// One table with a present entry, and so a present shadow entry, in each `STEP`: 64 or 1 of them.
@@ -112,7 +120,18 @@ fn sparse_table<const STEP: u64>(vm: &mut Vm, _: u64) {
         let gva = BASE + page * 4096;
         set(vm, pte(gva), if page % STEP == 0 { gva | FLAGS } else { 0 });
     }
-    (0..512 / STEP).for_each(|group| read(vm, BASE + group * STEP * 4096));
+    run(vm, (0..512 / STEP).map(|group| load(BASE + group * STEP * 4096)));
+}
+
+/// An entry of an unsync table, with its group of 8 in the shadow.
+fn out_of_step(vm: &mut Vm, _: u64) {
+    run(vm, [load(BASE), store(pte(BASE + 4096), (BASE + 4096) | FLAGS)]);
+}
+
+/// Tables that are shadowed and mapped, all in step.
+fn synced(vm: &mut Vm, n: u64) {
+    run(vm, (0..n).flat_map(|table| [load(BASE + table * LARGE), load(pte(BASE + table * LARGE))]));
+    run(vm, [cr3()]);
 }
 
 /// Directories with four tables each, in use, and written twice; a third store in a row is a flood.
@@ -124,109 +143,68 @@ fn twice_written(vm: &mut Vm, n: u64) {
             let gpa = CHILDREN + 4096 * (4 * directory + table);
             set(vm, DIRECTORIES + 4096 * directory + 8 * table, gpa | FLAGS);
             set(vm, gpa, BASE | FLAGS);
-            read(vm, ((directory + 1) << 30) | (table << 21));
+            run(vm, [load(((directory + 1) << 30) | (table << 21))]);
         }
     }
-    (0..2).for_each(|_| third_store(vm, n));
-}
-
-fn third_store(vm: &mut Vm, n: u64) {
-    (0..n).for_each(|directory| write(vm, DIRECTORIES + 4096 * directory + 8 * 200, BASE | FLAGS));
-}
-
-fn groups(vm: &mut Vm, n: u64) {
-    for group in 0..n {
-        read(vm, BASE + group * 8 * 4096);
-    }
-}
-
-fn tables(vm: &mut Vm, n: u64) {
-    for table in 0..n {
-        read(vm, BASE + table * LARGE);
-    }
-}
-
-/// Tables that are shadowed and mapped, all in step.
-fn synced(vm: &mut Vm, n: u64) {
-    for table in 0..n {
-        read(vm, BASE + table * LARGE);
-        read(vm, pte(BASE + table * LARGE));
-    }
-    cr3(vm);
-}
-
-fn unsync(vm: &mut Vm, n: u64) {
-    for table in 0..n {
-        let gva = BASE + table * LARGE;
-        write(vm, pte(gva), gva | FLAGS);
-    }
-}
-
-/// One table with 512 present shadow entries, out of step before each CR3 load.
-fn full_table(vm: &mut Vm, _: u64) {
-    groups(vm, 64);
-}
-
-fn resync(vm: &mut Vm, n: u64) {
-    for _ in 0..n {
-        write(vm, pte(BASE), BASE | FLAGS);
-        cr3(vm);
-    }
-}
-
-fn loads(vm: &mut Vm, n: u64) {
-    (0..n).for_each(|_| cr3(vm));
-}
-
-fn invlpg(vm: &mut Vm, n: u64) {
-    for _ in 0..n {
-        vm.control(0, Control::Invlpg(BASE), None);
-    }
+    (0..2).for_each(|_| run(vm, to_directories(n)));
 }
 
 fn not_present(vm: &mut Vm, _: u64) {
     set(vm, pte(BASE + 4096), 0);
-    read(vm, BASE);
+    run(vm, [load(BASE)]);
 }
 
-fn reflected(vm: &mut Vm, n: u64) {
-    (0..n).for_each(|_| read(vm, BASE + 4096));
+fn groups(n: u64) -> Vec<Row> {
+    (0..n).map(|group| load(BASE + group * 8 * 4096)).collect()
 }
 
-fn directory(vm: &mut Vm, n: u64) {
-    (0..n).for_each(|_| write(vm, PD + 8 * 200, TABLES | FLAGS));
+fn tables(n: u64) -> Vec<Row> {
+    (0..n).map(|table| load(BASE + table * LARGE)).collect()
 }
 
-const EVENTS: &[(&str, Event, Event)] = &[
+fn to_tables(n: u64) -> Vec<Row> {
+    (0..n).map(|table| BASE + table * LARGE).map(|gva| store(pte(gva), gva | FLAGS)).collect()
+}
+
+fn to_directories(n: u64) -> Vec<Row> {
+    (0..n).map(|directory| store(DIRECTORIES + 4096 * directory + 8 * 200, BASE | FLAGS)).collect()
+}
+
+fn times(n: u64, rows: &[Row]) -> Vec<Row> {
+    rows.repeat(n as usize)
+}
+
+const EVENTS: &[(&str, Prepare, Rows)] = &[
+    ("hit", full_table, |n| times(n, &[load(BASE)])),
     ("fault", lone_pages, groups),
     ("prefetch", first_of_each_table, groups),
-    ("table", bookkeeping, tables),
     ("lone_table", lone_tables, tables),
-    ("hit", full_table, hits),
-    ("invlpg_unsync", out_of_step, invlpg),
-    ("unsync", synced, unsync),
-    ("resync_512", full_table, resync),
-    ("resync_64", sparse_table::<8>, resync),
-    ("resync_1", sparse_table::<512>, resync),
-    ("cr3", full_table, loads),
-    ("invlpg", full_table, invlpg),
-    ("reflected", not_present, reflected),
-    ("directory", full_table, directory),
-    ("flood", twice_written, third_store),
+    ("table", bookkeeping, tables),
+    ("unsync", synced, to_tables),
+    ("directory", full_table, |n| times(n, &[store(PD + 8 * 200, TABLES | FLAGS)])),
+    ("flood", twice_written, to_directories),
+    ("invlpg", full_table, |n| times(n, &[row(OpCode::Invlpg, BASE, 0)])),
+    ("invlpg_unsync", out_of_step, |n| times(n, &[row(OpCode::Invlpg, BASE, 0)])),
+    ("cr3", full_table, |n| times(n, &[cr3()])),
+    ("resync_512", full_table, |n| times(n, &[store(pte(BASE), BASE | FLAGS), cr3()])),
+    ("resync_64", sparse_table::<8>, |n| times(n, &[store(pte(BASE), BASE | FLAGS), cr3()])),
+    ("resync_1", sparse_table::<512>, |n| times(n, &[store(pte(BASE), BASE | FLAGS), cr3()])),
+    ("reflected", not_present, |n| times(n, &[load(BASE + 4096)])),
 ];
 
 fn main() {
     let mut words = std::env::args().skip(1);
     let event = words.next().and_then(|name| EVENTS.iter().find(|row| row.0 == name));
     let n = words.next().and_then(|n| n.parse().ok());
-    let (Some((_, prepare, run)), Some(n)) = (event, n) else {
+    let (Some((_, prepare, rows)), Some(n)) = (event, n) else {
         let names: Vec<_> = EVENTS.iter().map(|row| row.0).collect();
         panic!("usage: cost EVENT N [run], with EVENT one of {}", names.join(", "));
     };
     let mut vm = guest();
     prepare(&mut vm, n);
+    let bytes: Vec<u8> = rows(n).iter().flat_map(Row::encode).collect();
     if words.next().is_some() {
-        run(&mut vm, n);
+        run_bytes(&mut vm, &bytes);
     }
     std::hint::black_box(&vm);
 }

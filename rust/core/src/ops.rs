@@ -100,9 +100,11 @@ impl Row {
     ///
     /// # Errors
     /// An operation code that does not exist; the error names `index`.
+    #[inline]
     pub fn decode(bytes: &[u8; ROW_BYTES], index: u64) -> Result<Self, TraceError> {
-        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-        let Some(op) = OpCode::from_code(bytes[0]) else {
+        let [head, addr, value] = *bytes.as_chunks::<8>().0 else { unreachable!("24 bytes are three words") };
+        let head = u64::from_le_bytes(head);
+        let Some(op) = OpCode::from_code(head as u8) else {
             return Err(TraceError {
                 index,
                 reason: format!("op code {} does not exist (0 to {})", bytes[0], OPS.len() - 1),
@@ -110,12 +112,12 @@ impl Row {
         };
         Ok(Self {
             op,
-            size: bytes[1],
-            flags: bytes[2],
-            vcpu: bytes[3],
-            site: u32::from_le_bytes(std::array::from_fn(|i| bytes[4 + i])),
-            addr: u64_at(8),
-            value: u64_at(16),
+            size: (head >> 8) as u8,
+            flags: (head >> 16) as u8,
+            vcpu: (head >> 24) as u8,
+            site: (head >> 32) as u32,
+            addr: u64::from_le_bytes(addr),
+            value: u64::from_le_bytes(value),
         })
     }
 

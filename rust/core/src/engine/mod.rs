@@ -5,11 +5,12 @@ mod control;
 mod deliver;
 mod dirty;
 mod entry;
-mod hits;
+
 mod host;
 mod notifier;
 mod plain;
 mod registers;
+mod rows;
 mod trace;
 
 pub use control::Control;

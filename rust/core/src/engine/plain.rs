@@ -9,6 +9,7 @@ use crate::engine::Vm;
 use crate::fault::Ctx;
 use crate::fault::quick::{Plain, Quick};
 use crate::hw::walk::access_entry;
+use crate::memory::Host;
 use crate::outcome::Outcome;
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
 
@@ -75,7 +76,7 @@ impl Ctx<'_> {
 
     /// The load or store itself. `None` is the zero page, which a writable entry never maps.
     #[inline(always)]
-    fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
+    pub(super) fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
         self.vcpu.counters.x_ops += 1;
         self.vcpu.injected = None;
         self.shadow.events.op += 1;
@@ -102,8 +103,8 @@ impl Ctx<'_> {
         Ran::Ended(outcome)
     }
 
-    #[inline(never)]
-    fn fault_plain(&mut self, plain: &Plain, code: ErrorCode) -> Ran {
+    #[inline]
+    pub(super) fn fault_plain(&mut self, plain: &Plain, code: ErrorCode) -> Ran {
         if code.has(ErrorCode::RSVD) || self.shadow.events.wants_any() {
             return Ran::NotAtAll;
         }
@@ -116,6 +117,10 @@ impl Ctx<'_> {
             Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Ran::Again,
             Quick::Mapped(pos) => {
                 let (end, what) = ((pos, Level::PT), (plain.kind, plain.view()));
+                let leaf = self.shadow.spte(pos);
+                if plain.view().leaf_test(&self.vcpu.role, plain.kind).passes(leaf.0) {
+                    return self.finish_plain(plain, Host::gfn(leaf.pfn()));
+                }
                 match access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what) {
                     Ok(frame) => self.finish_plain(plain, frame),
                     Err(_) => Ran::Again,

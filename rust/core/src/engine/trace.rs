@@ -1,6 +1,7 @@
 //! Running a trace: a loop over [`Vm::step`], and one row's way to its operation.
 
 use crate::engine::plain::Ran;
+use crate::engine::rows::Rows;
 use crate::engine::{Control, Vm};
 use crate::error::TraceError;
 use crate::fault::insn::{Action, Insn, RmwKind};
@@ -56,6 +57,12 @@ impl Vm {
     pub fn step(&mut self, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
         let vcpu = usize::from(row.vcpu);
         let ran = plain_of(row, options).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
+        self.step_after(row, options, index, ran)
+    }
+
+    /// The rest of a row that came so far as a plain access.
+    fn step_after(&mut self, row: &Row, options: &RunOptions<'_>, index: u64, ran: Ran) -> Result<Outcome, TraceError> {
+        let vcpu = usize::from(row.vcpu);
         if let Ran::Ended(outcome) = ran {
             return Ok(outcome);
         }
@@ -139,27 +146,21 @@ impl Vm {
         &mut self,
         rows: &[u8],
         options: &RunOptions<'_>,
-        mut each: impl FnMut(&Outcome),
+        each: impl FnMut(&Outcome),
     ) -> Result<RunTotals, TraceError> {
-        let mut totals = RunTotals::default();
         let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
-        let mut i = 0;
+        let mut rows = Rows { all: whole, done: 0, options: *options, totals: RunTotals::default(), each };
         loop {
-            let hits = self.run_hits(&whole[i..], options.no_values, &mut each);
-            totals.by_status[Status::Done as usize] += hits as u64;
-            i += hits;
-            let Some(bytes) = whole.get(i) else { break };
-            let index = options.first_row + i as u64;
+            let ran = self.run_plain_rows(&mut rows);
+            let (Some(bytes), index) = (whole.get(rows.done), rows.index()) else { break };
             let row = Row::decode(bytes, index)?;
-            let outcome = self.step(&row, options, index)?;
-            totals.note(&row, &outcome, index);
-            each(&outcome);
-            i += 1;
+            let outcome = self.step_after(&row, options, index, ran)?;
+            rows.end(&row, &outcome);
         }
         if rest.is_empty() {
-            return Ok(totals);
+            return Ok(rows.totals);
         }
-        let index = options.first_row + whole.len() as u64;
+        let index = rows.index();
         Err(TraceError { index, reason: format!("the trace ends inside a row: {} of {ROW_BYTES} bytes", rest.len()) })
     }
 }
@@ -177,7 +178,7 @@ impl RunTotals {
     }
 
     #[inline]
-    fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
+    pub(super) fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
         self.by_status[outcome.status as usize] += 1;
         let faulted = outcome.status == Status::PageFault;
         if row.flags & FLAG_FAULTS == 0 && !faulted || action_of(row.op).is_none() {

@@ -15,9 +15,9 @@ use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestFault, GuestWalk, Step, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
-use crate::shadow::Guest;
 use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
+use crate::shadow::{Flush, Guest};
 use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
 
 /// What a plain access needs to know of an instruction; everything else about it has its default.
@@ -90,8 +90,8 @@ impl Ctx<'_> {
     pub(crate) fn quick_fault(&mut self, plain: &Plain, code: ErrorCode) -> Quick {
         let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
-        let Some((table, last)) = self.quick_table(root, gva) else { return Quick::No };
-        let (contents, granted) = (self.shadow.memory.host.contents(last.table), last.access);
+        let Some((table, guest_table, granted)) = self.quick_table(root, gva) else { return Quick::No };
+        let contents = self.shadow.memory.host.contents(guest_table);
         let (gfn, access) = match self.plain_translation(contents, granted, gva, code, plain.ac) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return self.guest_fault(gva, base, code),
@@ -105,18 +105,13 @@ impl Ctx<'_> {
         let table = match table {
             Some(table) => table,
             // What the whole way would refuse after it has linked tables must be known before.
-            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => {
-                self.link_last(root, gva, last)
-            }
+            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => self.link_last(root, gva),
             None => return Quick::No,
         };
         let pos = table.entry(gva.index(Level::PT));
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
-        let result = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, PT_A) } else { None } {
-            Some(flush) => {
-                self.pay(flush);
-                RetPf::Fixed
-            }
+        let (result, mut owed) = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, PT_A) } else { None } {
+            Some(flush) => (RetPf::Fixed, flush),
             None => match self.set_quick_leaf(pos, gfn, access, code) {
                 Some(result) => result,
                 None => return Quick::No,
@@ -128,34 +123,35 @@ impl Ctx<'_> {
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
         if result == RetPf::Spurious {
             self.vcpu.counters.pf_spurious += 1;
+            self.pay(owed);
             return Quick::Mapped(pos);
         }
-        let flush = self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
-        self.pay(flush);
+        owed += self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
+        self.pay(owed);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
     /// The guest's last-level table of an address, and the shadow's if it is linked already.
     #[inline(always)]
-    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Step)> {
+    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Gfn, Access)> {
         match self.ways.find(root, gva, self.shadow) {
-            Some(way) => Some((Some(way.table), way.walk.steps[0])),
+            Some(way) => Some((Some(way.table), way.walk.steps[0].table, way.walk.steps[0].access)),
             None => self.seek_table(root, gva),
         }
     }
 
     #[inline(never)]
-    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Step)> {
+    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Gfn, Access)> {
         if self.ways.find_directory(root, gva, self.shadow).is_none() {
             if !self.seek_way(root, gva) {
                 return None;
             }
             if let Some(way) = self.ways.find(root, gva, self.shadow) {
-                return Some((Some(way.table), way.walk.steps[0]));
+                return Some((Some(way.table), way.walk.steps[0].table, way.walk.steps[0].access));
             }
         }
         let way = self.ways.find_directory(root, gva, self.shadow)?;
-        self.last_table(way, gva).map(|last| (None, last))
+        self.last_table(way, gva).map(|last| (None, last.table, last.access))
     }
 
     /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
@@ -192,8 +188,9 @@ impl Ctx<'_> {
     }
 
     /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.
-    fn link_last(&mut self, root: PageId, gva: Gva, last: Step) -> PageId {
+    fn link_last(&mut self, root: PageId, gva: Gva) -> PageId {
         let way = *self.ways.find_directory(root, gva, self.shadow).expect("it was found just now");
+        let last = self.last_table(&way, gva).expect("it was found just now");
         self.shadow.clear_flood_path(root, gva);
         let pos = way.table.entry(gva.index(Level::PD));
         let role = self.shadow.arena[way.table].role.child(pos.index(), false, last.access);
@@ -220,16 +217,14 @@ impl Ctx<'_> {
     }
 
     /// The leaf where an entry is already, or a table lies in the page.
-    fn set_quick_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, code: ErrorCode) -> Option<RetPf> {
+    fn set_quick_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, code: ErrorCode) -> Option<(RetPf, Flush)> {
         let write = code.has(ErrorCode::W);
         let slot = self.shadow.memory.slot(gfn)?;
         if slot.readonly || !self.shadow.memory.host.state(gfn).writable() {
             return None;
         }
         let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: false, write };
-        let (result, flush) = self.shadow.set_leaf(pos, &leaf);
-        self.pay(flush);
-        Some(result)
+        Some(self.shadow.set_leaf(pos, &leaf))
     }
 
     /// What the guest's last-level entry says.

@@ -189,6 +189,16 @@ impl Arena {
         *word = if spte == Spte::EMPTY { *word & !bit } else { *word | bit };
     }
 
+    /// All entries of a page.
+    ///
+    /// # Panics
+    /// If the page does not exist.
+    #[inline]
+    #[must_use]
+    pub fn sptes(&self, id: PageId) -> &[u64; ENTRIES] {
+        self.sptes[id.0 as usize * ENTRIES..].first_chunk().expect("every page has its entries")
+    }
+
     /// All entries of a page, to change many.
     ///
     /// # Panics

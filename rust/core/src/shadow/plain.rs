@@ -102,8 +102,8 @@ impl Shadow {
         owed
     }
 
-    /// The same as far as all is plain and the frames are neighbours, too. Returns the entry where it is not so, or the
-    /// end. It raises no events, and leaves tables with small entries alone.
+    /// The same as far as all is plain. Returns the entry where it is not so, or the end. It raises no events, and leaves
+    /// tables with small entries alone.
     #[inline]
     fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>, owed: &mut Flush) -> usize {
         let (id, end) = (pos.page(), indexes.end);
@@ -111,44 +111,73 @@ impl Shadow {
         if guest.role.mode.entry_bytes != 8 || self.events.wants(EventKind::SetSpte) {
             return index;
         }
-        let page = self.arena.page_mut(id);
-        let words = self.memory.host.words_in(guest.contents);
-        // Past what is there already, to the first frame: the others are expected around it.
-        while index < end && (index == pos.index() || Spte(page.sptes[index % ENTRIES]).present()) {
-            index += 1;
-        }
         let (marks, usable) = (PT_P | PT_A, PT_P | PT_A | guest.role.reserved[1][0]);
-        let first = words[index % ENTRIES];
-        if index == end || first & usable != marks && page.sptes[index % ENTRIES] == 0 {
-            return end;
-        }
-        let Some(mut near) = self.memory.near(Gpte(first).gfn()) else { return index };
-        let words = near.host.words_in(guest.contents);
-        let (mut made, mut grown) = (0, None);
-        while index < end {
-            let (spte, gpte) = (&mut page.sptes[index % ENTRIES], Gpte(words[index % ENTRIES]));
-            if index == pos.index() || Spte(*spte).present() {
+        loop {
+            // Past what is there already, to the first frame: the others are expected around it.
+            let sptes = self.arena.sptes(id);
+            while index < end && (index == pos.index() || Spte(sptes[index % ENTRIES]).present()) {
                 index += 1;
-                continue;
             }
-            if gpte.0 & usable != marks {
-                index = if *spte == 0 { end } else { index };
+            if index == end {
+                return end;
+            }
+            let gpte = self.memory.host.words_in(guest.contents)[index % ENTRIES];
+            if gpte & usable != marks {
+                return if sptes[index % ENTRIES] == 0 { end } else { index };
+            }
+            let stopped = self.prefetch_alike(pos, index..end, Gpte(gpte), guest, owed);
+            if stopped == index {
+                return index;
+            }
+            index = stopped;
+        }
+    }
+
+    /// Makes leaves of entries that are like the first but for the frame, all of one region of 2 MiB. Returns where that
+    /// ends, or something else is to be done.
+    #[inline(always)]
+    fn prefetch_alike(
+        &mut self,
+        pos: SptePos,
+        indexes: Range<usize>,
+        first: Gpte,
+        guest: Guest<'_>,
+        owed: &mut Flush,
+    ) -> usize {
+        let access = first.protect_clean(guest.granted.and(first.access()));
+        let (id, mut index) = (pos.page(), indexes.start);
+        let page = self.arena.page_mut(id);
+        let Some(mut near) = self.memory.near(first.gfn()) else { return index };
+        let words = near.host.words_in(guest.contents);
+        // The leaf of frame 0 of the region; those of the others differ in their address bits.
+        let bits = leaf_bits(Gfn(first.gfn().0 & !(ENTRIES as u64 - 1)), access);
+        let (mut made, mut count, mut grown) = (0, 0, None);
+        while index < indexes.end {
+            let (spte, gpte) = (&mut page.sptes[index % ENTRIES], words[index % ENTRIES]);
+            // All but the frame's place in its region must be the same.
+            if (gpte ^ first.0) & !((ENTRIES as u64 - 1) << 12) != 0 {
                 break;
             }
-            let (gfn, access) = (gpte.gfn(), gpte.protect_clean(guest.granted.and(gpte.access())));
-            let Some(frame) = near.plain_frame(gfn, access).filter(|_| *spte == 0) else { break };
-            let before = self.lists.add(&mut frame.rmap, id.entry(index));
-            *spte = leaf_bits(gfn, access);
-            page.shadowed[index % ENTRIES] = gfn.0 << 3 | u64::from(access.0);
-            made |= 1 << (index % 64);
+            if *spte == 0 && index != pos.index() {
+                let gfn = Gpte(gpte).gfn();
+                let Some(frame) = near.plain_frame(gfn, access) else { break };
+                let before = self.lists.add(&mut frame.rmap, id.entry(index));
+                *spte = bits | gpte & (ENTRIES as u64 - 1) << 12;
+                page.shadowed[index % ENTRIES] = gfn.0 << 3 | u64::from(access.0);
+                made |= 1 << (index % 64);
+                count += 1;
+                if before > 0 {
+                    grown = Some((gfn, before));
+                    index += 1;
+                    break;
+                }
+            } else if index != pos.index() && !Spte(*spte).present() {
+                break;
+            }
             index += 1;
-            if before > 0 {
-                grown = Some((gfn, before));
-                break;
-            }
         }
         page.used[pos.index() / 64] |= made;
-        self.counters.pages_4k += u64::from(made.count_ones());
+        self.counters.pages_4k += count;
         if let Some((gfn, before)) = grown {
             *owed += self.rmap_grew(gfn, Level::PT, before);
         }
