@@ -154,7 +154,10 @@ impl Vm {
             let ran = self.run_plain_rows(&mut rows);
             let (Some(bytes), index) = (whole.get(rows.done), rows.index()) else { break };
             let row = Row::decode(bytes, index)?;
-            let outcome = self.step_after(&row, options, index, ran)?;
+            let outcome = match ran {
+                Ran::NotAtAll => self.step(&row, options, index)?,
+                ran => self.step_after(&row, options, index, ran)?,
+            };
             rows.end(&row, &outcome);
         }
         if rest.is_empty() {

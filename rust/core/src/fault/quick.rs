@@ -105,7 +105,9 @@ impl Ctx<'_> {
         let table = match table {
             Some(table) => table,
             // What the whole way would refuse after it has linked tables must be known before.
-            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => self.link_last(root, gva),
+            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => {
+                self.link_last(root, gva, guest_table, granted)
+            }
             None => return Quick::No,
         };
         let pos = table.entry(gva.index(Level::PT));
@@ -188,9 +190,12 @@ impl Ctx<'_> {
     }
 
     /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.
-    fn link_last(&mut self, root: PageId, gva: Gva) -> PageId {
+    fn link_last(&mut self, root: PageId, gva: Gva, table: Gfn, access: Access) -> PageId {
         let way = *self.ways.find_directory(root, gva, self.shadow).expect("it was found just now");
-        let last = self.last_table(&way, gva).expect("it was found just now");
+        let mode = self.vcpu.role.mode;
+        let directory = way.walk.steps[1].table;
+        let pde = Gpte(self.shadow.memory.host.entry(directory, mode.index(gva, Level::PD), mode.entry_bytes));
+        let last = Step { table, pte: pde, access };
         self.shadow.clear_flood_path(root, gva);
         let pos = way.table.entry(gva.index(Level::PD));
         let role = self.shadow.arena[way.table].role.child(pos.index(), false, last.access);

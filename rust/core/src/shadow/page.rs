@@ -44,6 +44,8 @@ pub struct Page {
     pub used: Bitmap,
     hash: [u32; 2],
     list: [u32; 2],
+    /// The page that was zapped next, while both wait to be freed.
+    pub(super) next_zapped: Option<PageId>,
 }
 
 impl Page {
@@ -122,6 +124,7 @@ impl Arena {
             used: Bitmap::default(),
             hash: [NONE; 2],
             list: [NONE; 2],
+            next_zapped: None,
         };
         let id = if let Some(id) = self.free.pop() {
             self.pages[id.0 as usize] = page;

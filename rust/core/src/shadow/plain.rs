@@ -151,7 +151,7 @@ impl Shadow {
         let words = near.host.words_in(guest.contents);
         // The leaf of frame 0 of the region; those of the others differ in their address bits.
         let bits = leaf_bits(Gfn(first.gfn().0 & !(ENTRIES as u64 - 1)), access);
-        let (mut made, mut count, mut grown) = (0, 0, None);
+        let (mut made, mut grown) = (0_u64, None);
         while index < indexes.end {
             let (spte, gpte) = (&mut page.sptes[index % ENTRIES], words[index % ENTRIES]);
             // All but the frame's place in its region must be the same.
@@ -165,7 +165,6 @@ impl Shadow {
                 *spte = bits | gpte & (ENTRIES as u64 - 1) << 12;
                 page.shadowed[index % ENTRIES] = gfn.0 << 3 | u64::from(access.0);
                 made |= 1 << (index % 64);
-                count += 1;
                 if before > 0 {
                     grown = Some((gfn, before));
                     index += 1;
@@ -177,7 +176,7 @@ impl Shadow {
             index += 1;
         }
         page.used[pos.index() / 64] |= made;
-        self.counters.pages_4k += count;
+        self.counters.pages_4k += u64::from(made.count_ones());
         if let Some((gfn, before)) = grown {
             *owed += self.rmap_grew(gfn, Level::PT, before);
         }

@@ -185,6 +185,24 @@ impl ListPool {
         }
     }
 
+    /// Removes some entry and returns it; `None` from an empty list.
+    #[inline]
+    pub fn pop(&mut self, head: &mut RmapHead) -> Option<SptePos> {
+        match shape(*head) {
+            Shape::Empty => None,
+            Shape::One(only) => {
+                *head = RmapHead::default();
+                Some(only)
+            }
+            Shape::Chain(first) => {
+                let block = &self.blocks[first as usize];
+                let last = block.entries[usize::from(block.len) - 1];
+                self.remove_from_chain(head, first, last);
+                Some(last)
+            }
+        }
+    }
+
     /// Empties a list and returns its entries.
     pub fn take(&mut self, head: &mut RmapHead) -> Vec<SptePos> {
         let all = self.iter(*head).collect();

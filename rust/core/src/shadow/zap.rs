@@ -7,11 +7,12 @@ use crate::shadow::spte::Spte;
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Gfn, Level, PageId, SptePos};
 
-/// Pages that were zapped and wait to be freed behind one flush (KVM's `invalid_list`).
+/// Pages that were zapped and wait to be freed behind one flush (KVM's `invalid_list`): the first and the last, and each
+/// names the next.
 #[derive(Debug, Default)]
 #[must_use = "zapped pages must be committed"]
 pub(crate) struct ZapList {
-    pages: Vec<PageId>,
+    ends: Option<(PageId, PageId)>,
     obsolete_roots: bool,
 }
 
@@ -63,7 +64,7 @@ impl Shadow {
         }
         debug_assert!(self.arena[id].used == Bitmap::default());
         let mut parents = std::mem::take(&mut self.arena[id].parents);
-        for pos in self.lists.take(&mut parents) {
+        while let Some(pos) = self.lists.pop(&mut parents) {
             self.arena.set_spte(pos, Spte::EMPTY);
             self.end_ways(pos, id);
         }
@@ -79,7 +80,13 @@ impl Shadow {
         }
         self.arena.list_remove(id);
         if self.arena[id].root_count == 0 {
-            list.pages.push(id);
+            list.ends = match list.ends {
+                None => Some((id, id)),
+                Some((first, last)) => {
+                    self.arena[last].next_zapped = Some(id);
+                    Some((first, id))
+                }
+            };
             self.used_pages -= 1;
         } else if self.is_valid(id) {
             list.obsolete_roots = true;
@@ -110,11 +117,12 @@ impl Shadow {
 
     /// Frees zapped pages behind one flush (`kvm_mmu_commit_zap_page`, 6.1). Nothing happens for an empty list.
     pub(crate) fn commit_zap(&mut self, list: ZapList) -> Flush {
-        let flush = Flush { calls: u32::from(!list.pages.is_empty()), obsolete_roots: list.obsolete_roots };
-        for id in list.pages {
+        let mut at = list.ends.map(|(first, _)| first);
+        while let Some(id) = at {
+            at = self.arena[id].next_zapped;
             self.arena.release(id);
         }
-        flush
+        Flush { calls: u32::from(list.ends.is_some()), obsolete_roots: list.obsolete_roots }
     }
 
     /// Commits, or flushes once if `flush` (`kvm_mmu_remote_flush_or_zap`, 6.1).
@@ -189,7 +197,7 @@ impl Shadow {
     pub(crate) fn zap_all_fast(&mut self) -> Flush {
         self.events.zap_all_fast(self.generation, self.used_pages);
         self.generation ^= 1;
-        let mut list = ZapList { pages: Vec::new(), obsolete_roots: true };
+        let mut list = ZapList { ends: None, obsolete_roots: true };
         let old = self.generation ^ 1;
         'restart: loop {
             let mut at = self.arena.oldest_first().next();
