@@ -116,14 +116,14 @@ impl Shadow {
     }
 
     /// Frees zapped pages behind one flush (`kvm_mmu_commit_zap_page`, 6.1). Nothing happens for an empty list.
+    #[allow(clippy::needless_pass_by_value, reason = "a list that was committed is gone")]
     pub(crate) fn commit_zap(&mut self, list: ZapList) -> Flush {
-        let ZapList { ends, obsolete_roots } = list;
-        let mut at = ends.map(|(first, _)| first);
+        let mut at = list.ends.map(|(first, _)| first);
         while let Some(id) = at {
             at = self.arena[id].next_zapped;
             self.arena.release(id);
         }
-        Flush { calls: u32::from(ends.is_some()), obsolete_roots }
+        Flush { calls: u32::from(list.ends.is_some()), obsolete_roots: list.obsolete_roots }
     }
 
     /// Commits, or flushes once if `flush` (`kvm_mmu_remote_flush_or_zap`, 6.1).
