@@ -37,8 +37,12 @@ test-rust *args:
 test-python *args:
     {{ python }} -m pytest {{ args }}
 
-# The engine's benches (criterion).
+# What the package costs, beside what real KVM and other tools take: all sections, or the named.
 bench *args:
+    .venv/bin/shadowkvm bench {{ args }}
+
+# The engine's benches for development (criterion).
+bench-engine *args:
     cargo bench {{ args }}
 
 # Fuzz the engine (fuzz/README.md): a target, seconds.

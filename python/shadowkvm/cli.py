@@ -21,7 +21,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import compare, report, translate_verb, verify, workload_verbs
+from shadowkvm import bench_verb, compare, report, translate_verb, verify, workload_verbs
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
@@ -85,6 +85,7 @@ verify.add_verbs(app)
 compare.add_verbs(app)
 workload_verbs.add_verbs(app)
 translate_verb.add_verbs(app)
+bench_verb.add_verbs(app)
 
 
 def _bytes(_: Any, tokens: Sequence[Any]) -> int:

@@ -15,6 +15,7 @@ use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
 use shadowkvm_core::policy::{POLICIES, builtin};
 use shadowkvm_core::types::{Gpa, PageId};
+use std::collections::HashMap;
 
 /// What a run came to, as a tuple: see `_core.pyi`.
 type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, pyo3::types::PyBytes>>);
@@ -223,6 +224,11 @@ impl Vm {
             totals.first_mismatch,
             bytes,
         ))
+    }
+
+    /// Bytes that the VM takes, by what for.
+    fn memory_use(&self) -> HashMap<&'static str, usize> {
+        self.engine.memory_use().into_iter().collect()
     }
 
     /// The recorded events as packed records of 40 bytes.

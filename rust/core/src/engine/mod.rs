@@ -105,6 +105,21 @@ impl Vm {
         sum
     }
 
+    /// Bytes that the VM takes, by what for: guest memory with the map of its frames, the bookkeeping of frames, shadow
+    /// pages, reverse maps of more than one entry, what vCPUs remember, and events.
+    #[must_use]
+    pub fn memory_use(&self) -> [(&'static str, usize); 6] {
+        let shadow = &self.shadow;
+        [
+            ("guest_memory", shadow.memory.host.bytes()),
+            ("frames", shadow.memory.bookkeeping_bytes()),
+            ("shadow_pages", shadow.arena.bytes()),
+            ("rmaps", shadow.lists.bytes()),
+            ("vcpus", self.vcpus.len() * (size_of::<Vcpu>() + Ways::BYTES)),
+            ("events", size_of_val(shadow.events.records())),
+        ]
+    }
+
     /// Sets the table of instruction addresses that a trace's `site` indexes; entry 0 is "none" whatever it holds.
     pub fn set_sites(&mut self, sites: Vec<u64>) {
         self.sites = sites;

@@ -105,6 +105,9 @@ impl Default for Ways {
 }
 
 impl Ways {
+    /// Bytes that one takes.
+    pub(crate) const BYTES: usize = (LAST + DIRECTORIES) * size_of::<Way>() + NEAR * size_of::<Track>();
+
     /// The way to the last-level table of an address below `root`, if it is remembered and still true.
     #[inline]
     pub(crate) fn find(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<&Way> {

@@ -3,7 +3,7 @@
 use crate::guest::gpte::Gpte;
 use crate::image::walk::{At, Found, Next};
 use crate::image::{Fault, Image, Source, Viewer};
-use crate::types::{Access, Gva};
+use crate::types::{Access, Gva, Level};
 
 /// Addresses and the arrays that take what is found, all of one length.
 #[derive(Debug)]
@@ -74,14 +74,16 @@ struct Directory {
 }
 
 /// A batch at work. Addresses go down in stages: the directory, which is mostly remembered; its entry; the last entry;
-/// what it means. So the memory works on many of them at a time, and each stage is a short loop.
+/// what it means. So the memory works on many of them at a time, and each stage is a short loop. Whether a page is large
+/// changes no branch: its entry in the directory is read again, as the last one.
 struct Batch<'a, S, const SIZE: usize, const TOP: u8> {
     viewer: &'a Viewer,
     source: &'a S,
     cr3: u64,
     directories: Vec<Directory>,
-    /// Of each address: the last-level table, the rights above it, and the entry.
-    tables: [u64; STAGE],
+    /// Of each address: where its last entry stands, of what level, the rights above it, and the entry.
+    slots: [u64; STAGE],
+    levels: [u8; STAGE],
     granted: [Access; STAGE],
     entries: [u64; STAGE],
 }
@@ -112,33 +114,45 @@ impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
     fn run(viewer: &'a Viewer, source: &'a S, cr3: u64, block: Block<'_>) {
         // No address has this GiB.
         let none = Directory { gib: !0, at: At { table: NOWHERE, granted: Access::NONE } };
-        let (directories, tables) = (vec![none; DIRECTORIES], [NOWHERE; STAGE]);
+        let (directories, slots, levels) = (vec![none; DIRECTORIES], [NOWHERE; STAGE], [1; STAGE]);
         let (granted, entries) = ([Access::NONE; STAGE], [0; STAGE]);
-        let mut batch = Self { viewer, source, cr3, directories, tables, granted, entries };
+        let mut batch = Self { viewer, source, cr3, directories, slots, levels, granted, entries };
         for mut part in block.parts(STAGE) {
-            batch.find_tables(&mut part);
+            batch.find_slots(&mut part);
             batch.read_entries(&mut part);
             batch.finish(&mut part);
         }
     }
 
-    /// Finds the last-level table of each address; of one whose walk ends before, that is noted.
+    /// Finds where the last entry of each address stands; of one whose walk ends before, that is noted.
     #[inline]
-    fn find_tables(&mut self, part: &mut Block<'_>) {
+    fn find_slots(&mut self, part: &mut Block<'_>) {
         for i in 0..part.gvas.len() {
-            let gva = Gva(part.gvas[i]);
-            let next = match self.directory(gva) {
-                Ok(at) => self.viewer.step::<SIZE>(self.source, at, 2, gva, &mut |_| {}),
-                Err(found) => Next::End(found),
-            };
-            match next {
-                Next::Table(at) => (self.tables[i], self.granted[i]) = (at.table, at.granted),
-                Next::End(found) => {
-                    part.set(i, found);
-                    self.tables[i] = NOWHERE;
-                }
+            if let Err(found) = self.find_slot(i, Gva(part.gvas[i])) {
+                part.set(i, found);
+                self.slots[i] = NOWHERE;
             }
         }
+    }
+
+    #[inline(always)]
+    fn find_slot(&mut self, i: usize, gva: Gva) -> Result<(), Found> {
+        let (role, at) = (&self.viewer.role, self.directory(gva)?);
+        let (bits, mask) = if SIZE == 4 { (10, 1023) } else { (9, 511) };
+        let slot = at.table + SIZE as u64 * (gva.0 >> (12 + bits) & mask);
+        let Some(raw) = self.source.entry::<SIZE>(slot) else {
+            return Err(Found::nowhere(Fault::NotInImage, 2, at.granted));
+        };
+        let pde = Gpte(raw);
+        if !pde.present() || pde.has_reserved(role, Level::PD) {
+            return Err(self.viewer.last(pde, 2, gva, at.granted));
+        }
+        let large = pde.is_leaf(role, Level::PD);
+        let below = pde.gfn().gpa().0 + SIZE as u64 * (gva.0 >> 12 & mask);
+        self.slots[i] = if large { slot } else { below };
+        self.levels[i] = 1 + u8::from(large);
+        self.granted[i] = Access(at.granted.0 & (pde.access().0 | if large { Access::ALL.0 } else { 0 }));
+        Ok(())
     }
 
     #[inline(always)]
@@ -164,15 +178,12 @@ impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
 
     #[inline]
     fn read_entries(&mut self, part: &mut Block<'_>) {
-        let bits = if SIZE == 4 { 10 } else { 9 };
         for i in 0..part.gvas.len() {
-            let index = part.gvas[i] >> 12 & ((1 << bits) - 1);
-            let table = self.tables[i];
-            if let Some(entry) = self.source.entry::<SIZE>(table + SIZE as u64 * index) {
+            if let Some(entry) = self.source.entry::<SIZE>(self.slots[i]) {
                 self.entries[i] = entry;
-            } else if table != NOWHERE {
+            } else if self.slots[i] != NOWHERE {
                 part.set(i, Found::nowhere(Fault::NotInImage, 1, self.granted[i]));
-                self.tables[i] = NOWHERE;
+                self.slots[i] = NOWHERE;
             }
         }
     }
@@ -180,10 +191,10 @@ impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
     #[inline]
     fn finish(&self, part: &mut Block<'_>) {
         let found = part.gpa.iter_mut().zip(&mut *part.level).zip(&mut *part.flags).zip(&mut *part.fault);
-        let walks = part.gvas.iter().zip(&self.tables).zip(&self.granted).zip(&self.entries);
-        for ((((gva, table), granted), entry), (((gpa, level), flags), fault)) in walks.zip(found) {
-            if *table != NOWHERE {
-                let found = self.viewer.last(Gpte(*entry), 1, Gva(*gva), *granted);
+        let walks = part.gvas.iter().zip(&self.slots).zip(&self.levels).zip(&self.granted).zip(&self.entries);
+        for (((((gva, slot), at), granted), entry), (((gpa, level), flags), fault)) in walks.zip(found) {
+            if *slot != NOWHERE {
+                let found = self.viewer.last(Gpte(*entry), *at, Gva(*gva), *granted);
                 (*gpa, *level, *flags, *fault) = (found.gpa, found.level, found.flags, found.fault as u8);
             }
         }

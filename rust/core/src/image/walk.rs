@@ -188,8 +188,7 @@ impl Viewer {
 
 #[inline(always)]
 fn leaf(role: &CpuRole, gpte: Gpte, level: u8, gva: Gva, rights: Access) -> Found {
-    let first = if level == 1 { gpte.gfn() } else { gpte.leaf_gfn(role.mode, Level(level)) };
-    let pages = if level == 1 { 1 } else { role.mode.pages(Level(level)) };
+    let (first, pages) = (gpte.leaf_gfn(role.mode, Level(level)), role.mode.pages(Level(level)));
     let marks = (gpte.0 & (PT_A | PT_D)) >> 2 | (gpte.0 & PT_G) >> 3;
     debug_assert!(marks as u8 & !(ACCESSED | DIRTY | GLOBAL) == 0);
     let gpa = first.gpa().0 | gva.0 & ((pages << 12) - 1);

@@ -124,6 +124,12 @@ impl Memory {
         Some(Near { host, region: gfn.0 >> 9, states: host.states_near(gfn), base, pages, slot: slot.region_mut(gfn) })
     }
 
+    /// Bytes that the bookkeeping of all slots' frames takes: reverse maps of one entry, write tracking, dirty logs.
+    #[must_use]
+    pub fn bookkeeping_bytes(&self) -> usize {
+        self.slots.iter().map(Slot::bytes).sum()
+    }
+
     /// The slot with that number.
     ///
     /// # Errors

@@ -94,6 +94,12 @@ impl Slot {
         self.regions[self.region_index(gfn)].as_deref()
     }
 
+    /// Bytes that the bookkeeping of the frames takes.
+    pub(super) fn bytes(&self) -> usize {
+        let regions = self.regions.iter().flatten().count() * size_of::<SlotRegion>();
+        regions + self.regions.len() * size_of::<Option<Box<SlotRegion>>>()
+    }
+
     #[inline]
     pub(super) fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
         let at = self.region_index(gfn);

@@ -314,6 +314,13 @@ impl Arena {
         self.pages.len()
     }
 
+    /// Bytes that the pages take, freed ones included: their entries, and what each was made from, are 8,192 of each.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let page = size_of::<Page>() + size_of::<u32>() + 2 * ENTRIES * size_of::<u64>();
+        self.pages.len() * page + self.buckets.len() * size_of::<u32>()
+    }
+
     /// The numbers of all pages that are not freed.
     #[must_use]
     pub fn live(&self) -> Vec<PageId> {

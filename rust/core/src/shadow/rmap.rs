@@ -60,6 +60,12 @@ impl ListPool {
         }
     }
 
+    /// Bytes that the lists of more than one entry take.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.blocks.len() * size_of::<Block>()
+    }
+
     /// Appends an entry; returns how many the list had before.
     #[inline]
     pub fn add(&mut self, head: &mut RmapHead, pos: SptePos) -> u32 {
