@@ -2,7 +2,7 @@
 
 mod permission;
 
-pub use permission::{CpuView, LeafTest, key_fault, permission_fault};
+pub use permission::{CpuView, GuestTest, LeafTest, guest_test, key_fault, permission_fault};
 
 use crate::bits::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_ALWAYS, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
@@ -144,6 +144,7 @@ pub struct CpuRole {
     faults: permission::FaultTable,
     hardware_faults: permission::FaultTable,
     leaf_tests: [LeafTest; 16],
+    guest_tests: [GuestTest; 16],
 }
 
 impl CpuRole {
@@ -166,10 +167,12 @@ impl CpuRole {
             faults: [0; 16],
             hardware_faults: [0; 16],
             leaf_tests: [LeafTest::NONE; 16],
+            guest_tests: [GuestTest::NONE; 16],
         };
         role.faults = permission::fault_table(&role);
         role.hardware_faults = permission::hardware_table(&role);
         role.leaf_tests = permission::leaf_tests(&role);
+        role.guest_tests = permission::guest_tests(&role);
         role
     }
 
@@ -179,6 +182,7 @@ impl CpuRole {
         let reserved = self.reserved.map(|pair| pair.map(|bits| bits & !PT_NX));
         let mut role = Self { nx: true, reserved, ..self };
         role.faults = permission::fault_table(&role);
+        role.guest_tests = permission::guest_tests(&role);
         role
     }
 

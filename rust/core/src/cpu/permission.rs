@@ -84,6 +84,51 @@ pub(super) const fn leaf_tests(role: &CpuRole) -> [LeafTest; 16] {
     tests
 }
 
+/// What bits of the guest's last-level entry, and what rights above it, let an access pass with nothing left to do. An
+/// entry that does not pass may be in order all the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GuestTest {
+    leaf: LeafTest,
+    need: Access,
+}
+
+impl GuestTest {
+    pub(super) const NONE: Self = Self { leaf: LeafTest::NONE, need: Access::NONE };
+
+    /// Whether the entry is present, without reserved bits, allows the access, and has its A and D bits already.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passes(self, gpte: u64, above: Access) -> bool {
+        self.leaf.passes(gpte) && above.0 & self.need.0 == self.need.0
+    }
+}
+
+/// `fault_table` as tests of whole last-level entries. A store always needs W here.
+pub(super) const fn guest_tests(role: &CpuRole) -> [GuestTest; 16] {
+    let mut tests = [GuestTest::NONE; 16];
+    let reserved = role.reserved[1][0] | role.reserved[1][1];
+    let mut row = 0;
+    while row < 16 {
+        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
+        let supervisors = !user && if fetch { role.smep } else { smap };
+        let no_nx = fetch && role.nx;
+        let set = PT_P | PT_A | if write { PT_W | PT_D } else { 0 } | if user { PT_U } else { 0 };
+        let clear = reserved | if no_nx { PT_NX } else { 0 } | if supervisors { PT_U } else { 0 };
+        let need = if write { Access::W.0 } else { 0 } | if user { Access::U.0 } else { 0 };
+        let need = Access(need | if no_nx { Access::X.0 } else { 0 });
+        tests[row] = GuestTest { leaf: LeafTest { mask: set | clear, value: set }, need };
+        row += 1;
+    }
+    tests
+}
+
+/// The guest's test for an access of the kind in `access`; `ac` is EFLAGS.AC.
+#[inline(always)]
+#[must_use]
+pub const fn guest_test(role: &CpuRole, access: ErrorCode, ac: bool) -> GuestTest {
+    role.guest_tests[row(access, !ac || access.has(ErrorCode::IMPLICIT))]
+}
+
 /// The state of the CPU that its own walk of the shadow obeys, for one instruction.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuView {
@@ -191,6 +236,30 @@ mod tests {
                 assert!(row & 1 == 0 || !passes(leaf & !PT_D));
             }
         }
+    }
+
+    #[test]
+    fn what_passes_the_guest_test_is_in_order() {
+        let mut passed = 0;
+        for (cr4, cr0, efer) in
+            [(0x20, 0x8001_0033, 0xd01), (0x30_0020, 0x8001_0033, 0xd01), (0x20, 0x8000_0033, 0x500)]
+        {
+            let role = CpuRole::of(&Registers { cr0, cr4, efer, ..Registers::default() }, &ZEN);
+            for (row, bits) in (0..16).flat_map(|row| (0..256_u64).map(move |bits| (row, bits))) {
+                let above = Access(bits as u8 >> 5);
+                // P, W, U, A, D of the entry, and NX where U is.
+                let gpte = bits & 7 | (bits >> 3 & 3) << 5 | if bits & 4 != 0 { PT_NX } else { 0 };
+                if role.guest_tests[row].passes(gpte, above) {
+                    let [x, w, u] = [gpte & PT_NX == 0, gpte & PT_W != 0, gpte & PT_U != 0].map(u8::from);
+                    let own = Access((x * Access::X.0) | (w * Access::W.0) | (u * Access::U.0));
+                    assert!(gpte & (PT_P | PT_A) == PT_P | PT_A && gpte & role.reserved[1][0] == 0);
+                    assert!(role.faults[row] >> above.and(own).0 & 1 == 0);
+                    assert!(row & 1 == 0 || gpte & PT_D != 0 && above.and(own).has(Access::W));
+                    passed += 1;
+                }
+            }
+        }
+        assert!(passed > 100);
     }
 
     #[test]

@@ -97,7 +97,11 @@ impl Words {
 
     #[inline(always)]
     fn plain(self, no_values: bool) -> Plain {
-        let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][self.head as usize & 3];
+        let kind = match self.head as u8 {
+            0 => AccessKind::Read,
+            1 => AccessKind::Write,
+            _ => AccessKind::Fetch,
+        };
         let wanted = if kind == AccessKind::Read { !no_values } else { !self.flag(FLAG_KEEP) };
         Plain {
             gva: self.gva,

@@ -6,7 +6,7 @@
 
 use crate::bits::{PT_A, PT_D};
 use crate::config::MIN_FREE_PAGES;
-use crate::cpu::{CpuView, permission_fault};
+use crate::cpu::{CpuView, guest_test, permission_fault};
 use crate::fault::Ctx;
 use crate::fault::emulate::APIC_GFN;
 use crate::fault::insn::{Action, Insn};
@@ -112,13 +112,14 @@ impl Ctx<'_> {
         };
         let pos = table.entry(gva.index(Level::PT));
         let empty = self.shadow.spte(pos) == Spte::EMPTY;
-        let (result, mut owed) = match if empty { self.shadow.set_plain_leaf(pos, gfn, access, PT_A) } else { None } {
-            Some(flush) => (RetPf::Fixed, flush),
-            None => match self.set_quick_leaf(pos, gfn, access, code) {
-                Some(result) => result,
-                None => return Quick::No,
-            },
-        };
+        let (result, mut owed) =
+            match if empty { self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A) } else { None } {
+                Some(flush) => (RetPf::Fixed, flush),
+                None => match self.set_quick_leaf(pos, gfn, access, code) {
+                    Some(result) => result,
+                    None => return Quick::No,
+                },
+            };
         self.forget_floods(root, gva);
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
@@ -243,9 +244,20 @@ impl Ctx<'_> {
         ac: bool,
     ) -> Translation {
         let role = &self.vcpu.role;
-        let write = code.has(ErrorCode::W);
         let index = role.mode.index(gva, Level::PT);
         let gpte = Gpte(self.shadow.memory.host.entry_in(contents, index, role.mode.entry_bytes));
+        let room = self.shadow.max_pages >= self.shadow.used_pages + MIN_FREE_PAGES;
+        if guest_test(role, code, ac).passes(gpte.0, granted) && room {
+            return Translation::Page(gpte.gfn(), gpte.protect_clean(granted.and(gpte.access())));
+        }
+        self.other_translation(gpte, granted, code, ac)
+    }
+
+    /// What an entry says that is not in order at first sight.
+    #[inline(never)]
+    fn other_translation(&self, gpte: Gpte, granted: Access, code: ErrorCode, ac: bool) -> Translation {
+        let role = &self.vcpu.role;
+        let write = code.has(ErrorCode::W);
         if !gpte.present() {
             return Translation::Fault(ErrorCode(0));
         }

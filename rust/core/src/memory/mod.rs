@@ -47,9 +47,15 @@ impl Near<'_> {
     /// write it, and no table is in it if it is to be writable. `None` also for a frame of another region.
     #[inline]
     pub fn plain_frame(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
-        let at = gfn.0 as usize % ENTRIES;
         let here = gfn.0 >> 9 == self.region && gfn.0.wrapping_sub(self.base) < self.pages;
-        if !here || !self.states[at].writable() {
+        if here { self.plain_frame_here(gfn, access) } else { None }
+    }
+
+    /// The same for a frame that is known to be of this region and slot: that which was looked up.
+    #[inline(always)]
+    pub fn plain_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
+        let at = gfn.0 as usize % ENTRIES;
+        if !self.states[at].writable() {
             return None;
         }
         let frame = &mut self.slot.frames[at];

@@ -100,10 +100,19 @@ impl Slot {
         regions + self.regions.len() * size_of::<Option<Box<SlotRegion>>>()
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
         let at = self.region_index(gfn);
-        self.regions[at].get_or_insert_with(SlotRegion::empty)
+        let region = &mut self.regions[at];
+        if region.is_none() {
+            Self::begin(region);
+        }
+        region.as_mut().expect("it was begun")
+    }
+
+    #[cold]
+    fn begin(region: &mut Option<Box<SlotRegion>>) {
+        *region = Some(SlotRegion::empty());
     }
 
     /// The list of leaf entries of `level` that map the frame.

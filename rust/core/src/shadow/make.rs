@@ -122,6 +122,7 @@ impl Shadow {
     pub(crate) fn mark_mmio(&mut self, pos: SptePos, gfn: Gfn, access: Access) {
         let generation = self.memory.generation & ((1 << MMIO_GEN_BITS) - 1);
         let spte = Spte::mmio(gfn, access, generation);
+        self.has_mmio = true;
         self.events.mark_mmio_spte(sptep(pos.page(), pos.index()), gfn.0, (spte.0 & 7) as u32, generation);
         self.arena.set_spte(pos, spte);
     }
@@ -146,7 +147,7 @@ impl Shadow {
         let access = gpte.protect_clean(granted.and(gpte.access()));
         let gfn = gpte.gfn();
         if self.spte(pos) == Spte::EMPTY
-            && let Some(flush) = self.set_plain_leaf(pos, gfn, access, 0)
+            && let Some(flush) = self.set_plain_leaf::<true>(pos, gfn, access, 0)
         {
             return (true, flush);
         }

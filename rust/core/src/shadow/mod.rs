@@ -92,6 +92,8 @@ pub struct Shadow {
     pub(crate) floods: u64,
     /// Moves with each MMU notifier; a fault during which it moved is retried.
     pub(crate) invalidate_seq: u64,
+    /// An MMIO entry was made at some time.
+    pub(crate) has_mmio: bool,
 }
 
 impl Shadow {
@@ -114,6 +116,7 @@ impl Shadow {
             manual_dirty: ManualDirty::default(),
             floods: 0,
             invalidate_seq: 0,
+            has_mmio: false,
         }
     }
 

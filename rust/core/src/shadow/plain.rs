@@ -46,13 +46,21 @@ const fn leaf_bits(gfn: Gfn, access: Access) -> u64 {
 impl Shadow {
     /// Makes a leaf; `mark` is A if somebody asks for the page. `None`, and nothing done, if it is not plain.
     #[inline(always)]
-    pub(crate) fn set_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, mark: u64) -> Option<Flush> {
+    pub(crate) fn set_plain_leaf<const EVENT: bool>(
+        &mut self,
+        pos: SptePos,
+        gfn: Gfn,
+        access: Access,
+        mark: u64,
+    ) -> Option<Flush> {
         let mut near = self.memory.near(gfn)?;
-        let frame = near.plain_frame(gfn, access)?;
+        let frame = near.plain_frame_here(gfn, access)?;
         let before = self.lists.add(&mut frame.rmap, pos);
         let bits = leaf_bits(gfn, access) | mark;
         self.arena.set_leaf(pos, Spte(bits), gfn, access);
-        self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
+        if EVENT {
+            self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
+        }
         self.counters.pages_4k += 1;
         Some(self.rmap_grew(gfn, Level::PT, before))
     }
@@ -61,12 +69,16 @@ impl Shadow {
     /// (`FNAME(pte_prefetch)`, 6.1).
     #[inline]
     pub(crate) fn prefetch_near(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
-        // Often there is nothing to fill: all neighbours are there, or the first that is not has nothing behind it.
-        let (id, start) = (pos.page(), pos.index() & !(PREFETCH - 1));
-        let missing = |index: &usize| *index != pos.index() && !self.spte(id.entry(*index)).present();
-        let Some(first) = (start..start + PREFETCH).find(missing) else { return Flush::NONE };
-        if guest.role.mode.entry_bytes == 8 && self.spte(id.entry(first)) == Spte::EMPTY {
-            let gpte = self.memory.host.words_in(guest.contents)[first % ENTRIES];
+        // Often there is nothing to fill: all neighbours are there, or the first that is not has nothing behind it. An MMIO
+        // entry is none of either.
+        if guest.role.mode.entry_bytes == 8 && !self.has_mmio {
+            let start = pos.index() & !(PREFETCH - 1);
+            let there = self.arena[pos.page()].used[start / 64] >> (start % 64);
+            let first = (there as u8).trailing_ones() as usize;
+            if first == PREFETCH {
+                return Flush::NONE;
+            }
+            let gpte = self.memory.host.words_in(guest.contents)[(start + first) % ENTRIES];
             if gpte & (PT_P | PT_A) != PT_P | PT_A {
                 return Flush::NONE;
             }
