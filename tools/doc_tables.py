@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import shadowkvm as sk
-from shadowkvm._core import OPS, POLICIES, STATUSES
+from shadowkvm._core import OPS, STATUSES
+from shadowkvm.policy import POLICIES
 
 HEAD = """# Reference
 
@@ -39,14 +40,19 @@ def page() -> str:
     ops = ((code, f"`{name}`", doc) for code, name, doc in OPS)
     flags = ((flag.value, f"`{flag.name}`") for flag in sk.Flag)
     outcomes = ((code, f"`{name}`") for code, name in enumerate(STATUSES))
-    policies = ((f"`{name}`", doc) for name, doc in POLICIES)
+    policies = ((f"`{p.name}:N`" if p.parameter else f"`{p.name}`", p.doc, p.source) for p in POLICIES.values())
     sections = [
         table("Counters", COUNTERS, ("name", "scope", "kind", "what moves it"), counters),
         table("Events", EVENTS, ("kind", "name", "when, and what its fields hold"), events),
         table("Operations", "`shadowkvm.Op`: the field op of a trace's rows.", ("code", "name", "what it does"), ops),
         table("Flags", FLAGS, ("bit", "name"), flags),
         table("Outcomes", OUTCOMES, ("code", "name"), outcomes),
-        table("Policies", "`Vm(policy=...)`, `shadowkvm run --policy`.", ("name", "what"), policies),
+        table(
+            "Policies",
+            "`Vm(policy=...)`, `shadowkvm run --policy`.",
+            ("name", "what it does otherwise than KVM", "source"),
+            policies,
+        ),
     ]
     return "\n".join([HEAD, *sections])
 

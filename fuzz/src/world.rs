@@ -35,7 +35,8 @@ pub const DESCRIPTORS: u64 = 78;
 pub const SITES: [u64; 8] =
     [0, DATA << 12, ((DATA + 1) << 12) - 1, (DATA + 2) << 12, 1 << 39, 0x7f00_0000_0000, 1 << 39 | 15 << 12, 1 << 60];
 
-const POLICIES: [&str; 8] = ["kvm", "kvm", "kvm", "kvm", "kvm", "no_unsync", "no_prefetch", "zap_on_write"];
+const POLICIES: [&str; 8] =
+    ["kvm", "kvm", "kvm", "no_unsync", "prefetch:64", "zap_on_write", "dirty_tables", "invlpg_protects"];
 
 /// A paging mode by its tables.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -40,6 +40,7 @@ from shadowkvm.image import (
     walk,
 )
 from shadowkvm.ops import NO_PAGE, PAGE_SIZE, TRACE_DTYPE, Flag, Op
+from shadowkvm.policy import POLICIES, PageView, Policy
 from shadowkvm.result import OUTCOME_DTYPE, STATUS_NAMES, RunResult
 from shadowkvm.shadow import Page, Role, Root, ShadowTree
 from shadowkvm.trace import Chunk, Recording, RecordingWriter, import_raw
@@ -54,6 +55,7 @@ __all__ = [
     "NO_PAGE",
     "OUTCOME_DTYPE",
     "PAGE_SIZE",
+    "POLICIES",
     "STATUS_NAMES",
     "TRACE_DTYPE",
     "AddressWalk",
@@ -69,7 +71,9 @@ __all__ = [
     "Outcome",
     "Page",
     "PageFlag",
+    "PageView",
     "PhysicalMemory",
+    "Policy",
     "PolicyError",
     "Recording",
     "RecordingWriter",

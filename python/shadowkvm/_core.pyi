@@ -11,7 +11,8 @@ COUNTERS: Final[list[tuple[str, str, str, str]]]
 EVENTS: Final[list[tuple[int, str, str]]]
 OPS: Final[list[tuple[int, str, str]]]
 # Rows are name, meaning.
-POLICIES: Final[list[tuple[str, str]]]
+# Name, what a number behind it means, what it does otherwise than KVM, source.
+POLICIES: Final[list[tuple[str, str, str, str]]]
 PROFILES: Final[list[str]]
 STATUSES: Final[list[str]]
 # Oldest first. MODEL_VERSION: the default.
@@ -28,6 +29,7 @@ __all__ = [
     "PROFILES",
     "STATUSES",
     "Outcome",
+    "PageView",
     "Vcpu",
     "Viewer",
     "Vm",
@@ -62,6 +64,19 @@ class Viewer:
         fault: Buffer,
         threads: int,
     ) -> None: ...
+
+@final
+class PageView:
+    @property
+    def gfn(self) -> int: ...
+    @property
+    def level(self) -> int: ...
+    @property
+    def write(self) -> bool: ...
+    @property
+    def user(self) -> bool: ...
+    @property
+    def execute(self) -> bool: ...
 
 @final
 class Outcome:
@@ -179,6 +194,7 @@ class Vm:
         nx_huge_pages: bool = False,
         features: Sequence[tuple[str, str]] = ...,
         model_version: str = "linux-6.1",
+        decider: tuple[object, Sequence[str], dict[str, object]] | None = None,
     ) -> Self: ...
     @property
     def model_version(self) -> str: ...

@@ -22,10 +22,11 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from shadowkvm import bench_verb, compare, report, translate_verb, verify, workload_verbs
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
 from shadowkvm.output import event_file
+from shadowkvm.policy import POLICIES
 from shadowkvm.replay import open_trace, replay
 from shadowkvm.terminal import (
     Format,
@@ -292,12 +293,15 @@ def counters(*, format_: FormatOption = None, output: OutputOption = None) -> in
     ),
 )
 def list_policies(*, format_: FormatOption = None, output: OutputOption = None) -> int:
-    """List the built-in policies, for `shadowkvm run --policy NAME`."""
+    """List the built-in policies, for `--policy NAME` (NAME:N where there is a number).
+
+    What each does otherwise than KVM, and where its rule comes from. docs/policies.md has policies of your own.
+    """
     show_list(
         "Policies",
-        ("name", "doc"),
-        [list(row) for row in POLICIES],
-        schema="shadowkvm.policies/1",
+        ("name", "doc", "source"),
+        [[f"{row.name}:N" if row.parameter else row.name, row.doc, row.source] for row in POLICIES.values()],
+        schema="shadowkvm.policies/2",
         format_=format_,
         output=output,
     )

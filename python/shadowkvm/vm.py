@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from numpy.typing import NDArray
 
 from shadowkvm import feed
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, POLICIES, PROFILES
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES
 from shadowkvm._core import Vm as _Vm
 from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
 from shadowkvm.events import event_array, event_mask
+from shadowkvm.policy import Policy, described
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
 from shadowkvm.trace import Recording
@@ -39,7 +40,8 @@ class Vm(_Vm):
     Args:
         memory: bytes of slot 0; a multiple of 4,096.
         vcpus: number of virtual CPUs, 1 to 255.
-        policy: name of a built-in policy (``shadowkvm policy list``); None is "kvm", the rules of the kernel.
+        policy: name of a built-in policy (``shadowkvm policy list``), "prefetch:16" where there is a number, or a
+            `Policy` of your own; None is "kvm", the rules of the kernel.
         profile: what the CPU does: "zen" (AMD hardware) or "qemu-tcg" (the machine on which real KVM was recorded).
         features: what of the profile is to be otherwise: "maxphyaddr" (36 to 52 bits), "vendor" ("amd" or "intel":
             whose reserved bits hold), and True or False for "gbpages", "la57", "pcid", "invpcid", "pku", "nrips",
@@ -74,7 +76,7 @@ class Vm(_Vm):
         memory: int,
         *,
         vcpus: int = 1,
-        policy: str | None = None,
+        policy: str | Policy | None = None,
         profile: str = "zen",
         features: Mapping[str, bool | int | str] | None = None,
         nx_huge_pages: bool = False,
@@ -82,14 +84,14 @@ class Vm(_Vm):
         model_version: str = MODEL_VERSION,
     ) -> Self:
         """Check the names, then have the engine made."""
-        policy = "kvm" if policy is None else choice("policy", policy, [name for name, _ in POLICIES])
+        named, base, decider = described(policy)
         profile = choice("profile", profile, PROFILES)
         model = choice("model_version", model_version, MODEL_VERSIONS)
         memory = integer("memory", memory)
         count, mask = integer("vcpus", vcpus), event_mask(events)
         words = [(str(name), str(value).lower()) for name, value in (features or {}).items()]
-        self = super().__new__(cls, memory, count, policy, profile, mask, bool(nx_huge_pages), words, model)
-        self._memory, self._policy, self._profile = memory, policy, profile
+        self = super().__new__(cls, memory, count, base, profile, mask, bool(nx_huge_pages), words, model, decider)
+        self._memory, self._policy, self._profile = memory, named, profile
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Guest(NamedTuple):
 
 
 def build(
-    regions: NDArray[np.uint64] | int, memory: int | None = None, *, lone: bool = False, events: bool = False
+    regions: NDArray[np.uint64] | int, memory: int | None = None, *, lone: bool = False, **settings: Any
 ) -> Guest:
     """A guest with 2 MiB regions of data pages, each page at its own gpa.
 
@@ -37,7 +37,7 @@ def build(
         regions: numbers of the regions (an address over 2 MiB), or how many from 0 on.
         memory: bytes of guest memory; None: as much as is needed.
         lone: only each eighth page is mapped, so that none has neighbours.
-        events: record events.
+        settings: policy, events, ...: see `Vm`.
     """
     numbers = np.arange(regions, dtype=np.uint64) if isinstance(regions, int) else regions
     first = (int(numbers[-1]) + 1) * _REGION
@@ -45,7 +45,7 @@ def build(
     directories = first + 0x6000
     tables = directories + len(gibs) * PAGE_SIZE
     end = tables + len(numbers) * PAGE_SIZE
-    vm = Vm(memory or (end + _REGION - 1) // _REGION * _REGION, events=events)
+    vm = Vm(memory or (end + _REGION - 1) // _REGION * _REGION, **settings)
 
     def put(gpa: int, entries: NDArray[np.uint64] | list[int]) -> None:
         vm.write_memory(gpa, np.asarray(entries, "<u8").tobytes())

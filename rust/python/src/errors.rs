@@ -7,6 +7,7 @@ mod python {
     pyo3::import_exception!(shadowkvm.errors, ConfigError);
     pyo3::import_exception!(shadowkvm.errors, GuestMemoryError);
     pyo3::import_exception!(shadowkvm.errors, InvariantError);
+    pyo3::import_exception!(shadowkvm.errors, PolicyError);
     pyo3::import_exception!(shadowkvm.errors, TraceError);
 }
 
@@ -30,6 +31,13 @@ pub(crate) fn memory(error: MemoryError) -> PyErr {
 /// A row that cannot be run. The Python class puts the row's number before the message itself.
 pub(crate) fn trace(error: TraceError) -> PyErr {
     python::TraceError::new_err((error.reason, error.index))
+}
+
+/// A policy raised an exception, which is the cause.
+pub(crate) fn policy(py: Python<'_>, cause: PyErr) -> PyErr {
+    let error = python::PolicyError::new_err(format!("the policy raised {}", cause.value(py)));
+    error.set_cause(py, Some(cause));
+    error
 }
 
 /// An invariant that does not hold.

@@ -4,6 +4,7 @@ mod buffer;
 mod errors;
 mod image;
 mod number;
+mod policy;
 mod tables;
 mod vcpu;
 mod vm;
@@ -17,5 +18,6 @@ fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vcpu::Vcpu>()?;
     module.add_class::<vcpu::Outcome>()?;
     module.add_class::<image::Viewer>()?;
+    module.add_class::<policy::PageView>()?;
     tables::add(module)
 }

@@ -19,7 +19,8 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("COUNTERS", counters)?;
     module.add("EVENTS", EVENTS.to_vec())?;
     module.add("OPS", OPS.to_vec())?;
-    module.add("POLICIES", POLICIES.to_vec())?;
+    let policies: Vec<_> = POLICIES.iter().map(|row| (row.name, row.parameter.0, row.doc, row.source)).collect();
+    module.add("POLICIES", policies)?;
     module.add("PROFILES", PROFILES.map(|p| p.name).to_vec())?;
     module.add("STATUSES", Status::ALL.map(Status::name).to_vec())?;
     module.add("MODEL_VERSIONS", KERNELS.map(|k| k.name).to_vec())?;

@@ -2,6 +2,7 @@
 
 use crate::errors;
 use crate::number::{maybe_word, wide_word, word};
+use crate::policy::raise;
 use crate::vm::Vm;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -64,11 +65,15 @@ pub(crate) struct Vcpu {
 
 impl Vcpu {
     fn run(&self, py: Python<'_>, insn: &Insn) -> PyResult<Outcome> {
-        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.execute(self.index, insn)))
+        let mut vm = self.vm.try_borrow_mut(py)?;
+        let outcome = vm.engine.execute(self.index, insn);
+        raise(py, vm.failure.as_ref()).map(|()| Outcome(outcome))
     }
 
     fn control(&self, py: Python<'_>, what: Control, rip: Option<u64>) -> PyResult<Outcome> {
-        Ok(Outcome(self.vm.try_borrow_mut(py)?.engine.control(self.index, what, rip)))
+        let mut vm = self.vm.try_borrow_mut(py)?;
+        let outcome = vm.engine.control(self.index, what, rip);
+        raise(py, vm.failure.as_ref()).map(|()| Outcome(outcome))
     }
 }
 

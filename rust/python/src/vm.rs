@@ -2,10 +2,11 @@
 
 use crate::buffer::slice;
 use crate::errors;
+use crate::policy::{Failure, from_python, raise};
 use crate::vcpu::Vcpu;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyTuple};
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, RunTotals, Vm as Engine};
@@ -13,7 +14,7 @@ use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
-use shadowkvm_core::policy::{POLICIES, builtin};
+use shadowkvm_core::policy::builtin;
 use shadowkvm_core::types::{Gpa, PageId};
 use std::collections::HashMap;
 
@@ -26,6 +27,8 @@ pub(crate) struct Vm {
     pub(crate) engine: Engine,
     /// The rows under way, copied so that another thread may change the array meanwhile; kept for the next.
     rows: Vec<u8>,
+    /// Where a policy in Python leaves its exception.
+    pub(crate) failure: Option<Failure>,
 }
 
 fn host_state(name: &str) -> PyResult<HostState> {
@@ -54,7 +57,7 @@ impl Vm {
     #[new]
     #[allow(clippy::too_many_arguments, reason = "they are keywords in Python")]
     #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![],
-                        model_version="linux-6.1"))]
+                        model_version="linux-6.1", decider=None))]
     fn new(
         memory: u64,
         vcpus: usize,
@@ -64,18 +67,23 @@ impl Vm {
         nx_huge_pages: bool,
         features: Vec<(String, String)>,
         model_version: &str,
+        decider: Option<(Py<PyAny>, Vec<String>, Bound<'_, PyDict>)>,
     ) -> PyResult<Self> {
         let mut cpu = CpuFeatures::named(profile).map_err(errors::config)?;
         for (name, value) in features {
             cpu = cpu.with(&name, &value).map_err(errors::config)?;
         }
         let kernel = Kernel::named(model_version).map_err(errors::config)?;
-        let names = POLICIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-        let policy = builtin(policy)
-            .ok_or_else(|| errors::refused(format!("policy {policy:?} is not known; choose one of {names}")))?;
+        let (policy, failure) = match decider {
+            Some((object, asks, rules)) => {
+                let (policy, failure) = from_python(object, policy, &asks, &rules)?;
+                (policy, Some(failure))
+            }
+            None => (builtin(policy).map_err(errors::config)?, None),
+        };
         let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
-        Ok(Self { engine, rows: Vec::new() })
+        Ok(Self { engine, rows: Vec::new(), failure })
     }
 
     /// Name of the kernel whose rules hold.
@@ -214,6 +222,7 @@ impl Vm {
             }
             Ok(totals)
         });
+        raise(py, self.failure.as_ref())?;
         let totals = totals.map_err(errors::trace)?;
         let bytes = outcomes.then(|| pyo3::types::PyBytes::new(py, &out));
         Ok((

@@ -58,7 +58,8 @@ impl Ctx<'_> {
     /// A sync with nothing below the root that could be out of step, done.
     #[inline]
     fn nothing_to_sync(&mut self) -> bool {
-        let synced = self.vcpu.root.page().is_some_and(|id| self.shadow.arena[id].unsync_children == 0);
+        let below = |id| self.shadow.arena[id].unsync_children == 0;
+        let synced = self.vcpu.root.page().is_some_and(below) && !self.shadow.policy.rules.sync_all;
         if synced {
             self.vcpu.clear_mmio();
         }

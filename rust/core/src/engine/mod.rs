@@ -25,7 +25,7 @@ use crate::events::EventLog;
 use crate::fault::Ctx;
 use crate::fault::ways::Ways;
 use crate::memory::Memory;
-use crate::policy::Policy;
+use crate::policy::{Decisions, Policy};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Gpa, PAGE_SIZE};
 
@@ -58,7 +58,8 @@ impl Vm {
         if vcpus == 0 || vcpus > MAX_VCPUS {
             return refuse!("vcpus {vcpus} must be 1 to {MAX_VCPUS}");
         }
-        let shadow = Shadow::new(Memory::new(memory / PAGE_SIZE), config, policy, EventLog::new(events));
+        let host = Memory::new(memory / PAGE_SIZE);
+        let shadow = Shadow::new(host, config, Decisions::new(policy, vcpus), EventLog::new(events));
         let ways = vec![Ways::default(); vcpus];
         let vcpus = (0..vcpus).map(|id| Vcpu::new(id as u8, &config.cpu)).collect();
         let mut vm = Self { shadow, vcpus, ways, sites: vec![0] };

@@ -117,7 +117,7 @@ impl Words {
 
 impl Ctx<'_> {
     fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Ran {
-        while self.vcpu.requests == Requests::default() && !self.vcpu.role.pke {
+        while self.vcpu.requests == Requests::default() && !self.vcpu.role.pke && !self.shadow.policy.failed() {
             let Some((words, (pos, level))) = self.run_hits(rows) else { break };
             match self.run_other(rows, words.head, words.gva, words.value, pos, level) {
                 Ran::Ended(_) => {}

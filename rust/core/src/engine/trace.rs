@@ -152,6 +152,9 @@ impl Vm {
         let mut rows = Rows { all: whole, done: 0, options: *options, totals: RunTotals::default(), each };
         loop {
             let ran = self.run_plain_rows(&mut rows);
+            if self.shadow.policy.failed() {
+                return Err(TraceError { index: rows.index().saturating_sub(1), reason: "the policy failed".into() });
+            }
             let (Some(bytes), index) = (whole.get(rows.done), rows.index()) else { break };
             let row = Row::decode(bytes, index)?;
             let outcome = match ran {

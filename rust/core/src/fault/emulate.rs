@@ -232,7 +232,7 @@ impl Ctx<'_> {
             self.shadow.memory.ways_epoch += u64::from(gpa.0 % 8 + u64::from(size) > 8);
         }
         self.shadow.memory.mark_dirty(gpa.gfn());
-        let flush = self.shadow.pte_write(gpa, size, self.vcpu.regs.cr4 & CR4_PAE != 0);
+        let flush = self.shadow.pte_write(gpa, size, &self.vcpu.role, self.vcpu.regs.cr4 & CR4_PAE != 0);
         self.pay(flush);
     }
 

@@ -1,6 +1,5 @@
 //! Building the shadow path to a faulting address (`FNAME(fetch)`, 6.1).
 
-use crate::config::PREFETCH;
 use crate::fault::Ctx;
 use crate::fault::page_fault::Fault;
 use crate::guest::walk::GuestWalk;
@@ -145,7 +144,7 @@ impl Ctx<'_> {
     fn hugepage_adjust(&mut self, fault: &Fault) -> Goal {
         let disallowed = fault.fetch && self.shadow.config.nx_huge_pages;
         let small = Goal { level: Level::PT, requested: Level::PT, disallowed };
-        if fault.max_level == Level::PT || fault.pfn.is_none() {
+        if fault.max_level == Level::PT || fault.pfn.is_none() || !self.shadow.policy.rules.large_pages {
             return small;
         }
         let Some(slot) = self.shadow.memory.slot(fault.gfn) else { return small };
@@ -204,23 +203,24 @@ impl Ctx<'_> {
         if self.shadow.arena[id].level() > Level::PT {
             return;
         }
-        if !self.shadow.arena[id].role.direct() {
+        if self.shadow.arena[id].role.direct() {
+            let width = self.shadow.prefetch_width(id);
+            self.prefetch_direct(id, pos.index() & !(width - 1), width, pos.index());
+        } else {
             let granted = self.shadow.arena[id].role.access();
             let contents = self.shadow.memory.host.contents(table);
             let flush = self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
             self.pay(flush);
-        } else if self.shadow.prefetches(id) {
-            self.prefetch_direct(id, pos.index() & !(PREFETCH - 1), pos.index());
         }
     }
 
     /// The same in a direct page (`__direct_pte_prefetch`, 6.1): runs of empty entries, each up to the first page that
     /// the host does not have ready. A run that cannot even begin ends it all.
-    fn prefetch_direct(&mut self, id: PageId, first: usize, faulting: usize) {
+    fn prefetch_direct(&mut self, id: PageId, first: usize, width: usize, faulting: usize) {
         let mut start = None;
-        for index in first..=first + PREFETCH {
-            let pos = id.entry(index.min(first + PREFETCH - 1));
-            let ends = index == first + PREFETCH || index == faulting || self.shadow.spte(pos).present();
+        for index in first..=first + width {
+            let pos = id.entry(index.min(first + width - 1));
+            let ends = index == first + width || index == faulting || self.shadow.spte(pos).present();
             match (ends, start) {
                 (false, None) => start = Some(index),
                 (true, Some(from)) => {

@@ -59,6 +59,7 @@ impl Ctx<'_> {
             Handled::OutOfPages => return After::Finished(Outcome::of(Status::InternalError)),
             Handled::Result(result) => result,
         };
+        self.keep_unsync_limit();
         if matches!(result, RetPf::Emulate | RetPf::WriteProtected) {
             return self.not_mapped(insn, gva, result, write_to_table);
         }
@@ -68,6 +69,17 @@ impl Ctx<'_> {
             self.reinject(insn);
         }
         After::Resume
+    }
+
+    /// A fault may have let one table more go out of sync than a policy allows.
+    #[inline]
+    pub(crate) fn keep_unsync_limit(&mut self) {
+        if let Some(limit) = self.shadow.policy.rules.unsync_limit
+            && self.shadow.counters.mmu_unsync > u64::from(limit)
+        {
+            let flush = self.shadow.keep_unsync_limit(limit, &self.vcpu.role);
+            self.pay(flush);
+        }
     }
 
     /// A fault on an entry with reserved bits: MMIO. `None` if the entry is stale and the ordinary way must repair it.

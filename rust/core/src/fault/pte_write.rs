@@ -1,9 +1,10 @@
 //! What an emulated write to guest memory does to the shadow (`kvm_mmu_pte_write`, 6.1).
 
+use crate::cpu::CpuRole;
 use crate::role::Role;
 use crate::shadow::page::Bitmap;
 use crate::shadow::zap::ZapList;
-use crate::shadow::{Flush, Shadow};
+use crate::shadow::{Flush, Shadow, page_view};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, PageId};
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ impl Shadow {
     /// Takes back whatever the written bytes were the source of: entries, or the whole page when the guest seems not
     /// to use it as a table any more.
     /// `pae`: the vCPU's CR4.PAE, whatever the page's entries are.
-    pub(crate) fn pte_write(&mut self, gpa: Gpa, bytes: u8, pae: bool) -> Flush {
+    pub(crate) fn pte_write(&mut self, gpa: Gpa, bytes: u8, role: &CpuRole, pae: bool) -> Flush {
         if self.indirect_pages == 0 {
             return Flush::NONE;
         }
@@ -20,24 +21,28 @@ impl Shadow {
         let whole = matches!(bytes, 4 | 8) && gpa.offset() + u64::from(bytes) <= 4096;
         let gentry = if whole { self.memory.host.read(gpa, bytes) } else { 0 };
         self.counters.mmu_pte_write += 1;
-        let (mut list, mut flush) = (ZapList::default(), false);
+        let (mut list, mut flush, mut updates) = (ZapList::default(), false, Flush::NONE);
         let mut at = self.next_gptes_page(gpa.gfn(), None);
         while let Some(id) = at {
-            let role = self.arena[id].role;
-            if is_misaligned(gpa, bytes, role.entry_bytes()) || self.is_flooding(id) {
+            let page = self.arena[id].role;
+            if is_misaligned(gpa, bytes, page.entry_bytes()) || self.is_flooding(id) {
                 let _ = self.prepare_zap(id, &mut list);
                 self.counters.mmu_flooded += 1;
             } else {
-                for index in written_entries(gpa, role) {
+                for index in written_entries(gpa, page) {
                     flush |= self.zap_entry(id.entry(index));
-                    if gentry != 0 && role.level() > Level::PT {
+                    if gentry != 0 && page.level() > Level::PT {
                         self.counters.mmu_pde_zapped += 1;
+                    }
+                    if self.policy.rules.update_on_write && page.level() == Level::PT {
+                        updates += self.refill(id.entry(index), role);
                     }
                 }
             }
             at = self.next_gptes_page(gpa.gfn(), Some(id));
         }
-        self.commit_or_flush(list, flush)
+        updates += self.commit_or_flush(list, flush);
+        updates
     }
 
     /// Counts a write to an upper-level page (`detect_write_flooding`, 6.1).
@@ -47,8 +52,8 @@ impl Shadow {
         }
         self.arena[id].flood += 1;
         self.floods += 1;
-        let view = self.page_view(id);
-        self.arena[id].flood >= self.policy.flood_threshold(&view)
+        let (arena, policy) = (&self.arena, &mut self.policy);
+        arena[id].flood >= policy.flood_threshold(|| page_view(arena, id))
     }
 
     /// The host replaced a whole page by the guest's own stores, of which the recording kept only the result. Pages

@@ -131,6 +131,7 @@ impl Ctx<'_> {
         }
         owed += self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
         self.pay(owed);
+        self.keep_unsync_limit();
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 

@@ -19,12 +19,13 @@ use crate::config::{Config, MIN_QUOTA};
 use crate::counters::VmCounters;
 use crate::events::{EventKind, EventLog, PageText};
 use crate::memory::{ManualDirty, Memory};
-use crate::policy::{PageView, Policy};
+use crate::policy::{Decisions, PageView};
 use crate::types::{Gfn, PageId, SptePos};
 use page::Arena;
 pub(crate) use plain::Guest;
 use rmap::ListPool;
 use spte::Spte;
+use std::collections::VecDeque;
 
 /// What a change of the tables owes to the vCPUs: how many remote flushes, and whether roots became obsolete.
 #[must_use = "a change of the shadow tables owes this to the vCPUs"]
@@ -73,7 +74,7 @@ pub struct Shadow {
     /// Settings.
     pub config: Config,
     /// Decisions.
-    pub policy: Box<dyn Policy>,
+    pub policy: Decisions,
     pub(crate) arena: Arena,
     pub(crate) lists: ListPool,
     /// The generation of valid pages, 0 or 1.
@@ -94,12 +95,20 @@ pub struct Shadow {
     pub(crate) invalidate_seq: u64,
     /// An MMIO entry was made at some time.
     pub(crate) has_mmio: bool,
+    /// Pages in the order in which they went out of sync, where that counts; some are back in step.
+    pub(crate) unsync_queue: VecDeque<PageId>,
+}
+
+/// What a policy sees of a page.
+pub(crate) fn page_view(arena: &Arena, id: PageId) -> PageView {
+    let page = &arena[id];
+    PageView { gfn: page.gfn, level: page.level(), access: page.role.access() }
 }
 
 impl Shadow {
     /// An empty shadow over `memory`.
     #[must_use]
-    pub fn new(memory: Memory, config: Config, policy: Box<dyn Policy>, events: EventLog) -> Self {
+    pub fn new(memory: Memory, config: Config, policy: Decisions, events: EventLog) -> Self {
         Self {
             memory,
             counters: VmCounters::default(),
@@ -117,6 +126,7 @@ impl Shadow {
             floods: 0,
             invalidate_seq: 0,
             has_mmio: false,
+            unsync_queue: VecDeque::new(),
         }
     }
 
@@ -157,17 +167,11 @@ impl Shadow {
         self.events.page(kind, text, created);
     }
 
+    /// How many entries of a page a fault fills in together, its own among them.
     #[inline]
-    pub(crate) fn page_view(&self, id: PageId) -> PageView {
-        let page = &self.arena[id];
-        PageView { gfn: page.gfn, level: page.level(), access: page.role.access() }
-    }
-
-    /// Whether faults in a page fill in the neighbours.
-    #[inline]
-    pub(crate) fn prefetches(&mut self, id: PageId) -> bool {
-        let view = self.page_view(id);
-        self.policy.prefetch(&view)
+    pub(crate) fn prefetch_width(&mut self, id: PageId) -> usize {
+        let Self { policy, arena, .. } = self;
+        policy.prefetch(|| page_view(arena, id))
     }
 
     /// Whether a page may still be used: neither zapped nor of an old generation (`is_obsolete_sp`, 6.1).

@@ -71,7 +71,7 @@ impl Shadow {
     pub(crate) fn prefetch_near(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
         // Often there is nothing to fill: all neighbours are there, or the first that is not has nothing behind it. An MMIO
         // entry is none of either.
-        if guest.role.mode.entry_bytes == 8 && !self.has_mmio {
+        if guest.role.mode.entry_bytes == 8 && !self.has_mmio && self.policy.prefetches_like_kvm() {
             let start = pos.index() & !(PREFETCH - 1);
             let there = self.arena[pos.page()].used[start / 64] >> (start % 64);
             let first = (there as u8).trailing_ones() as usize;
@@ -88,14 +88,12 @@ impl Shadow {
 
     #[inline(never)]
     fn prefetch_group(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
-        let (id, first) = (pos.page(), pos.index() & !(PREFETCH - 1));
-        let mut owed = Flush::NONE;
-        if !self.prefetches(id) {
-            return owed;
-        }
+        let (id, mut owed) = (pos.page(), Flush::NONE);
+        let width = self.prefetch_width(id);
+        let first = pos.index() & !(width - 1);
         let bytes = guest.role.mode.entry_bytes;
         let half = if bytes == 4 { self.arena[id].role.quadrant() } else { 0 };
-        let (mut index, end) = (first, first + PREFETCH);
+        let (mut index, end) = (first, first + width);
         while index < end {
             index = self.prefetch_run(pos, index..end, guest, &mut owed);
             let at = id.entry(index % ENTRIES);
@@ -158,13 +156,15 @@ impl Shadow {
     ) -> usize {
         let access = first.protect_clean(guest.granted.and(first.access()));
         let (id, mut index) = (pos.page(), indexes.start);
+        // One word of the set of entries at a time.
+        let (word, end) = (index / 64 % (ENTRIES / 64), indexes.end.min((index | 63) + 1));
         let page = self.arena.page_mut(id);
         let Some(mut near) = self.memory.near(first.gfn()) else { return index };
         let words = near.host.words_in(guest.contents);
         // The leaf of frame 0 of the region; those of the others differ in their address bits.
         let bits = leaf_bits(Gfn(first.gfn().0 & !(ENTRIES as u64 - 1)), access);
         let (mut made, mut grown) = (0_u64, None);
-        while index < indexes.end {
+        while index < end {
             let (spte, gpte) = (&mut page.sptes[index % ENTRIES], words[index % ENTRIES]);
             // All but the frame's place in its region must be the same.
             if (gpte ^ first.0) & !((ENTRIES as u64 - 1) << 12) != 0 {
@@ -187,7 +187,7 @@ impl Shadow {
             }
             index += 1;
         }
-        page.used[pos.index() / 64] |= made;
+        page.used[word] |= made;
         self.counters.pages_4k += u64::from(made.count_ones());
         if let Some((gfn, before)) = grown {
             *owed += self.rmap_grew(gfn, Level::PT, before);

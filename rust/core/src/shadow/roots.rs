@@ -67,6 +67,9 @@ impl Shadow {
         for id in vcpu.root.pages() {
             owed += self.sync_children(id, &vcpu.role);
         }
+        if self.policy.rules.sync_all {
+            owed += self.sync_all(&vcpu.role);
+        }
         owed
     }
 

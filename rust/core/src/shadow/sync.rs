@@ -226,6 +226,49 @@ impl Shadow {
         owed
     }
 
+    /// Syncs pages, wherever they hang, and write-protects their tables again: what policies do beside KVM.
+    fn sync_pages(&mut self, pages: &[PageId], role: &CpuRole) -> Flush {
+        let (mut list, mut flush) = (ZapList::default(), false);
+        for id in pages {
+            // A page before it may have been zapped with it.
+            if self.arena[*id].unsync && !self.arena[*id].role.invalid() {
+                flush |= self.write_protect(self.arena[*id].gfn, true);
+                self.end_unsync(*id);
+                flush |= self.sync_or_zap(*id, role, &mut list).unwrap_or(true);
+            }
+        }
+        self.commit_or_flush(list, flush)
+    }
+
+    /// Syncs every unsync page of the VM (`Rules::sync_all`).
+    pub(crate) fn sync_all(&mut self, role: &CpuRole) -> Flush {
+        if self.counters.mmu_unsync == 0 {
+            return Flush::NONE;
+        }
+        let unsync: Vec<_> = self.arena.oldest_first().filter(|id| self.arena[*id].unsync).collect();
+        self.sync_pages(&unsync, role)
+    }
+
+    /// Syncs the pages that went out of sync first, until there are no more than may be (`Rules::unsync_limit`).
+    #[cold]
+    pub(crate) fn keep_unsync_limit(&mut self, limit: u32, role: &CpuRole) -> Flush {
+        let mut owed = Flush::NONE;
+        while self.counters.mmu_unsync > u64::from(limit)
+            && let Some(first) = self.unsync_queue.pop_front()
+        {
+            owed += self.sync_pages(&[first], role);
+        }
+        owed
+    }
+
+    /// Makes an entry from the guest's again (`Rules::update_on_write`), if the page means the same to this vCPU.
+    pub(crate) fn refill(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
+        match self.gpte_behind(pos) {
+            Some(gpte) if self.can_sync(pos.page(), role) => self.prefetch_gpte(pos, gpte, role, true).1,
+            _ => Flush::NONE,
+        }
+    }
+
     /// Syncs one entry (`kvm_sync_spte`, 6.12), or drops it if that is not possible.
     fn sync_in_place(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
         if self.spte(pos) == Spte::EMPTY {
@@ -266,6 +309,10 @@ impl Shadow {
                 } else {
                     self.drop_and_prefetch(pos, role)
                 };
+                if self.policy.rules.invlpg_protects {
+                    owed += self.sync_pages(&[id], role);
+                    break;
+                }
             }
             let spte = self.spte(pos);
             if self.arena[id].unsync_children == 0 || !spte.is_table(level.0) {

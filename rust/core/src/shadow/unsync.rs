@@ -2,8 +2,8 @@
 
 use crate::config::UNSYNC_BATCH;
 use crate::events::EventKind;
-use crate::shadow::Shadow;
 use crate::shadow::page::bits;
+use crate::shadow::{Shadow, page_view};
 use crate::types::{Gfn, Level, PageId};
 
 /// What one unsync walk collected: pages with the index of the entry that led to each. The first is the parent.
@@ -50,8 +50,8 @@ impl Shadow {
     }
 
     fn policy_allows_unsync(&mut self, id: PageId) -> bool {
-        let view = self.page_view(id);
-        self.policy.may_unsync(&view)
+        let Self { policy, arena, .. } = self;
+        policy.may_unsync(|| page_view(arena, id))
     }
 
     fn unsync_page(&mut self, id: PageId) {
@@ -60,6 +60,9 @@ impl Shadow {
         self.counters.mmu_unsync += 1;
         self.arena[id].unsync = true;
         self.mark_parents_unsync(id);
+        if self.policy.rules.unsync_limit.is_some() {
+            self.unsync_queue.push_back(id);
+        }
     }
 
     /// Marks every way up from a page (`kvm_mmu_mark_parents_unsync`, 6.1).

@@ -2,6 +2,7 @@
 
 use crate::config::{ADDRESS_SPACES, MIN_FREE_PAGES, MMIO_GEN_BITS, REFILL_PAGES};
 use crate::events::EventKind;
+use crate::policy::Victim;
 use crate::shadow::page::{Bitmap, bits};
 use crate::shadow::spte::Spte;
 use crate::shadow::{Flush, Shadow};
@@ -152,6 +153,11 @@ impl Shadow {
         let mut list = ZapList::default();
         let mut total = 0;
         'restart: while total < count {
+            if self.policy.rules.victim != Victim::Oldest {
+                let Some(id) = self.victim() else { break };
+                total += self.prepare_zap(id, &mut list) + 1;
+                continue;
+            }
             let mut at = self.arena.oldest_first().next();
             while let Some(id) = at {
                 // The next one is looked up first: a zapped page is off the list.
@@ -172,6 +178,15 @@ impl Shadow {
         }
         self.counters.mmu_recycled += total;
         self.commit_zap(list)
+    }
+
+    /// The page that a policy recycles first; roots are passed over.
+    fn victim(&self) -> Option<PageId> {
+        let pages = self.arena.oldest_first().filter(|id| self.arena[*id].root_count == 0);
+        if self.policy.rules.victim == Victim::Newest {
+            return pages.last();
+        }
+        pages.min_by_key(|id| self.arena[*id].used.iter().map(|word| word.count_ones()).sum::<u32>())
     }
 
     /// Zaps pages that stand for a huge page split for execution, those split first first.

@@ -267,7 +267,14 @@ fn flaws(rules: Rules) -> BoxedStrategy<Vec<Edit>> {
 
 /// A start.
 pub(crate) fn start(rules: Rules) -> BoxedStrategy<Start> {
-    let policy = select(vec!["kvm", "kvm", "kvm", "kvm", "kvm", "no_unsync", "no_prefetch", "zap_on_write"]);
+    let policy = prop_oneof![
+        3 => Just("kvm"),
+        2 => select(vec![
+            "no_unsync", "no_prefetch", "zap_on_write", "update_on_write", "xen_oos", "unsync_limit:1", "dirty_tables",
+            "eager_sync", "invlpg_protects", "flood:0", "flood:2", "prefetch:4", "prefetch:64", "prefetch:512",
+            "small_pages", "recycle_newest", "recycle_emptiest",
+        ]),
+    ];
     let host = prop_oneof![
         6 => Just(HostState::Writable),
         3 => Just(HostState::Huge2m),
