@@ -21,7 +21,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import bench_verb, compare, report, translate_verb, verify, workload_verbs
+from shadowkvm import bench_verb, compare, explain_verb, report, translate_verb, verify, workload_verbs
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
@@ -68,6 +68,7 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm compare guest.npz --policy kvm,no_unsync
     shadowkvm workload list
     shadowkvm workload run fork_exit --scale 0.5
+    shadowkvm explain demo unsync
     shadowkvm counters
     shadowkvm policy list
 
@@ -87,6 +88,7 @@ compare.add_verbs(app)
 workload_verbs.add_verbs(app)
 translate_verb.add_verbs(app)
 bench_verb.add_verbs(app)
+explain_verb.add_verbs(app)
 
 
 def _bytes(_: Any, tokens: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Literal, NamedTuple, Protocol, runtime_check
 
 from shadowkvm._core import POLICIES as _POLICIES
 from shadowkvm._core import PageView
-from shadowkvm.checks import choice
+from shadowkvm.checks import nearest
 from shadowkvm.errors import ConfigError
 
 __all__ = ["POLICIES", "BuiltinPolicy", "PageView", "Policy", "Victim"]
@@ -99,7 +99,7 @@ def described(policy: object) -> tuple[str, str, tuple[object, list[str], dict[s
     if policy is None:
         return "kvm", "kvm", None
     if isinstance(policy, str):
-        choice("policy", policy.partition(":")[0], POLICIES)
+        _known("policy", policy)
         return policy, policy, None
     if isinstance(policy, type):
         raise ConfigError(f"policy {policy.__name__}: an instance is expected, not the class")
@@ -108,8 +108,14 @@ def described(policy: object) -> tuple[str, str, tuple[object, list[str], dict[s
     base = getattr(policy, "base", "kvm")
     if not (asks or rules) and not isinstance(policy, Policy):
         raise ConfigError(f"policy {policy!r}: a name, or an object with one of {', '.join((*_METHODS, *_RULES))}")
-    choice("base of the policy", str(base).partition(":")[0], POLICIES)
+    _known("base of the policy", str(base))
     return type(policy).__name__, str(base), (policy, asks, rules)
+
+
+def _known(what: str, text: str) -> None:
+    name = text.partition(":")[0]
+    if name not in POLICIES:
+        raise ConfigError(f"{what} {name!r} is not known{nearest(name, POLICIES) or '; see: shadowkvm policy list'}")
 
 
 def _overrides(policy: object, name: str) -> bool:

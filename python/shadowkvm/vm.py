@@ -278,6 +278,14 @@ class Vm(_Vm):
         """
         super().set_sites([integer("site", address) for address in sites])
 
+    def set_events(self, events: bool | Iterable[str]) -> None:
+        """Choose anew what `events` records from now on: True, False, or names of tracepoints. What was recorded stays.
+
+        Raises:
+            ConfigError: a name that is no event.
+        """
+        super().set_event_mask(event_mask(events))
+
     def memory_use(self) -> dict[str, int]:
         """Bytes that the VM takes, by what for.
 

@@ -15,7 +15,7 @@ from shadowkvm import cli
 from shadowkvm.workloads import entries
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("guests.md", "policies.md", "translate.md", "workloads.md")
+PAGES = ("explain.md", "guests.md", "policies.md", "translate.md", "workloads.md")
 
 
 def test_generated_parts_are_up_to_date() -> None:

@@ -206,12 +206,13 @@ def test_other_suffixes_are_refused(shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [["counters"], ["policy", "list"]], ids=" ".join)
 def test_lists(shell: Shell, verb: list[str]) -> None:
-    names = list(sk.COUNTER_INFO) if verb == ["counters"] else ["kvm", "no_unsync", "no_prefetch", "zap_on_write"]
+    policies = [f"{row.name}:N" if row.parameter else row.name for row in sk.POLICIES.values()]
+    names = list(sk.COUNTER_INFO) if verb == ["counters"] else policies
     status, out, _ = shell(*verb)
     assert status == 0
     assert all(name in out for name in names)
     data = json.loads(shell(*verb, "--format", "json")[1])
-    assert data["schema"].endswith("/1")
+    assert data["schema"] in {"shadowkvm.counters/1", "shadowkvm.policies/2"}
     (items,) = (value for value in data.values() if isinstance(value, list))
     assert [item["name"] for item in items] == names
     table = list(csv.DictReader(io.StringIO(shell(*verb, "--format", "csv")[1])))

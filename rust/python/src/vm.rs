@@ -235,6 +235,11 @@ impl Vm {
         ))
     }
 
+    /// Records the kinds in `mask` from now on; gives the mask before.
+    fn set_event_mask(&mut self, mask: u32) -> u32 {
+        self.engine.set_events(mask)
+    }
+
     /// Bytes that the VM takes, by what for.
     fn memory_use(&self) -> HashMap<&'static str, usize> {
         self.engine.memory_use().into_iter().collect()

@@ -85,6 +85,13 @@ impl Vm {
         &self.shadow.events
     }
 
+    /// Records the kinds of events in `mask` from now on; returns what was recorded before.
+    pub const fn set_events(&mut self, mask: u32) -> u32 {
+        let before = self.shadow.events.mask();
+        self.shadow.events.set_mask(mask);
+        before
+    }
+
     /// Takes the recorded events away.
     pub fn take_events(&mut self) -> Vec<crate::events::Event> {
         self.shadow.events.take()

@@ -121,6 +121,17 @@ impl EventLog {
         Self { mask, op: 0, vcpu: 0, records: Vec::new() }
     }
 
+    /// Records the kinds in `mask` from now on; what was recorded stays.
+    pub const fn set_mask(&mut self, mask: u32) {
+        self.mask = mask;
+    }
+
+    /// What is recorded.
+    #[must_use]
+    pub const fn mask(&self) -> u32 {
+        self.mask
+    }
+
     /// The mask that records everything.
     pub const EVERYTHING: u32 = (1 << EVENTS.len()) - 1;
 
