@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import Final
 
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, Outcome, Vcpu
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, Outcome, Snapshot, Vcpu
 from shadowkvm.counters import COUNTER_INFO, CounterInfo, Counters
 from shadowkvm.errors import (
     ConfigError,
@@ -82,6 +82,7 @@ __all__ = [
     "RunResult",
     "ShadowKvmError",
     "ShadowTree",
+    "Snapshot",
     "TraceError",
     "Translations",
     "Vcpu",

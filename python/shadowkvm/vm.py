@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Never, Self, cast
 
 from numpy.typing import NDArray
 
 from shadowkvm import feed
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES, Snapshot
 from shadowkvm._core import Vm as _Vm
 from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
@@ -70,6 +70,7 @@ class Vm(_Vm):
     _memory: int
     _policy: str
     _profile: str
+    _made: dict[str, Any]
 
     def __new__(
         cls,
@@ -92,6 +93,7 @@ class Vm(_Vm):
         words = [(str(name), str(value).lower()) for name, value in (features or {}).items()]
         self = super().__new__(cls, memory, count, base, profile, mask, bool(nx_huge_pages), words, model, decider)
         self._memory, self._policy, self._profile = memory, named, profile
+        self._made = {"memory": memory, "vcpus": count, "policy": policy, "profile": profile, "model_version": model}
         return self
 
     @property
@@ -278,6 +280,45 @@ class Vm(_Vm):
         """
         super().set_sites([integer("site", address) for address in sites])
 
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The whole state as it is now: guest memory, registers, shadow tables, counters, recorded events.
+
+        It does not change when the VM goes on, and can be restored any number of times.
+
+        >>> vm = Vm(memory=16 << 20)
+        >>> before = vm.snapshot()
+        >>> vm.write_memory(0x1000, b"changed")
+        >>> vm.restore(before)
+        >>> vm.read_memory(0x1000, 7) == bytes(7), vm.state_hash() == before.state_hash()
+        (True, True)
+        """
+        return self.take_snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to the state of a snapshot, of this VM or of another with as many vCPUs.
+
+        A policy in Python is not in it: what the object has seen since stays seen.
+
+        Raises:
+            ConfigError: the snapshot is of a VM with another number of vCPUs; nothing was changed.
+        """
+        self.go_back(snapshot)
+
+    def __copy__(self) -> Vm:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Vm:
+        """A VM that goes on by itself from where this one is; a policy in Python is shared."""
+        del memo
+        other = type(self)(**self._made)
+        other.restore(self.snapshot())
+        return other
+
+    def __reduce__(self) -> Never:
+        raise TypeError("a Vm cannot be pickled; copy.deepcopy and Vm.snapshot keep its state within the process")
+
     def set_events(self, events: bool | Iterable[str]) -> None:
         """Choose anew what `events` records from now on: True, False, or names of tracepoints. What was recorded stays.
 
@@ -378,6 +419,3 @@ class Vm(_Vm):
         )
         names = f"policy {self._policy}, profile {self._profile}"
         return f"<Vm {size} {unit}, {len(self.vcpus)} vCPU, {names}, {self.counters['x_ops']:,} ops>"
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a Vm cannot be pickled or copied: run the same trace again, it gives the same state")

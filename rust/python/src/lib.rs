@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 #[pymodule(name = "_core", gil_used = false)]
 fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vm::Vm>()?;
+    module.add_class::<vm::Snapshot>()?;
     module.add_class::<vcpu::Vcpu>()?;
     module.add_class::<vcpu::Outcome>()?;
     module.add_class::<image::Viewer>()?;

@@ -100,6 +100,11 @@ impl Policy for Object {
         self.ask("prefetch", page, self.rules.prefetch)
     }
 
+    fn copy(&self) -> Box<dyn Policy> {
+        let python = Python::attach(|py| self.python.clone_ref(py));
+        Box::new(Self { python, rules: self.rules, asks: self.asks, failure: self.failure.clone() })
+    }
+
     fn failed(&self) -> bool {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }

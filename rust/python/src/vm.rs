@@ -31,6 +31,25 @@ pub(crate) struct Vm {
     pub(crate) failure: Option<Failure>,
 }
 
+/// The state of a VM at one moment.
+#[pyclass(frozen, module = "shadowkvm._core")]
+pub(crate) struct Snapshot {
+    engine: Engine,
+    failure: Option<Failure>,
+}
+
+#[pymethods]
+impl Snapshot {
+    /// As `Vm.state_hash` gave it then.
+    fn state_hash(&self) -> u64 {
+        self.engine.state_hash()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Snapshot {:#018x}>", self.engine.state_hash())
+    }
+}
+
 fn host_state(name: &str) -> PyResult<HostState> {
     Ok(match name {
         "absent" => HostState::Absent,
@@ -238,6 +257,30 @@ impl Vm {
     /// Records the kinds in `mask` from now on; gives the mask before.
     fn set_event_mask(&mut self, mask: u32) -> u32 {
         self.engine.set_events(mask)
+    }
+
+    /// The whole state as it is now.
+    fn take_snapshot(&self) -> Snapshot {
+        Snapshot { engine: self.engine.clone(), failure: self.failure.clone() }
+    }
+
+    /// Goes back (or over) to a state.
+    fn go_back(&mut self, snapshot: &Snapshot) -> PyResult<()> {
+        if snapshot.engine.vcpus().len() != self.engine.vcpus().len() {
+            return Err(errors::refused(format!(
+                "the snapshot is of a VM with {} vCPUs, this one has {}",
+                snapshot.engine.vcpus().len(),
+                self.engine.vcpus().len()
+            )));
+        }
+        self.engine = snapshot.engine.clone();
+        self.failure.clone_from(&snapshot.failure);
+        Ok(())
+    }
+
+    /// A number for the whole state.
+    fn state_hash(&self) -> u64 {
+        self.engine.state_hash()
     }
 
     /// Bytes that the VM takes, by what for.

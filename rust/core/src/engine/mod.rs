@@ -11,6 +11,7 @@ mod notifier;
 mod plain;
 mod registers;
 mod rows;
+mod state;
 mod trace;
 
 pub use control::Control;
@@ -29,8 +30,8 @@ use crate::policy::{Decisions, Policy};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Gpa, PAGE_SIZE};
 
-/// A virtual machine under the shadow MMU.
-#[derive(Debug)]
+/// A virtual machine under the shadow MMU. A clone goes on by itself from where this one is.
+#[derive(Clone, Debug)]
 pub struct Vm {
     pub(crate) shadow: Shadow,
     pub(crate) vcpus: Vec<Vcpu>,

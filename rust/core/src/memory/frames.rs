@@ -130,6 +130,12 @@ impl Frames {
         &mut self.regions[*number as usize]
     }
 
+    /// The frames of the regions that have something of their own.
+    pub(super) fn touched(&self) -> impl Iterator<Item = Gfn> + '_ {
+        let regions = self.map.iter().enumerate().filter(|(_, number)| **number > WRITABLE);
+        regions.flat_map(|(at, _)| (0..ENTRIES as u64).map(move |frame| Gfn((at as u64) << REGION_SHIFT | frame)))
+    }
+
     /// Bytes in use, but for the untouched part of the map.
     pub(super) fn bytes(&self) -> usize {
         self.map.len() * size_of::<u32>() + self.regions.len() * size_of::<[Frame; ENTRIES]>()

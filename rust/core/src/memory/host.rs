@@ -329,6 +329,18 @@ impl Host {
         out
     }
 
+    /// Shows each frame that is otherwise than at the start: with contents that are not all zeros, or in another state.
+    pub fn each_changed(&self, mut show: impl FnMut(Gfn, HostState, &[u64; ENTRIES])) {
+        for gfn in self.frames.touched() {
+            let frame = self.frames.get(gfn);
+            let (page, begun) = (&self.pages[frame.page() as usize], gfn.0 < self.populated);
+            let first = if begun { HostState::Writable } else { HostState::Absent };
+            if frame.state() != first || page.iter().any(|word| *word != 0) {
+                show(gfn, frame.state(), page);
+            }
+        }
+    }
+
     /// How many pages hold contents.
     #[must_use]
     pub fn resident_pages(&self) -> usize {

@@ -26,6 +26,10 @@ impl Policy for Fixed {
     fn rules(&self) -> Rules {
         self.0
     }
+
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(Self(self.0))
+    }
 }
 
 const NONE: (&str, u32, u32) = ("", 0, 0);

@@ -113,6 +113,9 @@ pub trait Policy: Debug + Send + Sync {
         self.rules().prefetch
     }
 
+    /// Another one that decides the same, for a copy of the VM. What it has seen so far may be shared.
+    fn copy(&self) -> Box<dyn Policy>;
+
     /// It could not decide; nothing that follows is to be trusted, and a run ends.
     fn failed(&self) -> bool {
         false
@@ -122,7 +125,11 @@ pub trait Policy: Debug + Send + Sync {
 /// KVM's rules, Linux 6.1.
 #[derive(Debug)]
 pub struct Kvm;
-impl Policy for Kvm {}
+impl Policy for Kvm {
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(Self)
+    }
+}
 
 /// A policy with its rules at hand.
 #[derive(Debug)]
@@ -131,6 +138,12 @@ pub struct Decisions {
     pub rules: Rules,
     asks: Asks,
     policy: Box<dyn Policy>,
+}
+
+impl Clone for Decisions {
+    fn clone(&self) -> Self {
+        Self { rules: self.rules, asks: self.asks, policy: self.policy.copy() }
+    }
 }
 
 impl Decisions {
@@ -204,6 +217,10 @@ mod tests {
 
         fn may_unsync(&mut self, _: &PageView) -> bool {
             panic!("it does not ask for that")
+        }
+
+        fn copy(&self) -> Box<dyn Policy> {
+            Box::new(Self)
         }
     }
 

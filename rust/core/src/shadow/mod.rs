@@ -63,7 +63,7 @@ impl std::ops::Add for Flush {
 }
 
 /// The VM-wide half of the shadow MMU (what KVM keeps in `struct kvm`); the other half is [`crate::cpu::Vcpu`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Shadow {
     /// Guest memory and memslots.
     pub memory: Memory,
