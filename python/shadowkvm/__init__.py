@@ -27,6 +27,7 @@ from shadowkvm.errors import (
     ShadowKvmError,
     TraceError,
 )
+from shadowkvm.eventlog import Events
 from shadowkvm.events import EVENT_DTYPE, EVENT_INFO, EventInfo
 from shadowkvm.image import (
     AddressWalk,
@@ -64,6 +65,7 @@ __all__ = [
     "CounterInfo",
     "Counters",
     "EventInfo",
+    "Events",
     "Flag",
     "GuestMemoryError",
     "InvariantError",

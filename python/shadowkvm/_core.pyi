@@ -34,7 +34,10 @@ __all__ = [
     "Vcpu",
     "Viewer",
     "Vm",
+    "event_text",
 ]
+
+def event_text(records: bytes) -> list[str]: ...
 
 @final
 class Viewer:

@@ -15,7 +15,7 @@ from shadowkvm import cli
 from shadowkvm.workloads import entries
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("embedding.md", "explain.md", "guests.md", "policies.md", "translate.md", "workloads.md")
+PAGES = ("embedding.md", "explain.md", "guests.md", "policies.md", "results.md", "translate.md", "workloads.md")
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -60,7 +60,7 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert words[0] == "shadowkvm"
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main(words[1:]) == 0, line
-    assert page in {"embedding.md", "guests.md"} or lines
+    assert page in {"embedding.md", "guests.md", "results.md"} or lines
 
 
 @pytest.mark.parametrize("page", PAGES)
