@@ -15,7 +15,16 @@ from shadowkvm import cli
 from shadowkvm.workloads import entries
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("embedding.md", "explain.md", "guests.md", "policies.md", "results.md", "translate.md", "tutorial.md", "workloads.md")
+PAGES = (
+    "embedding.md",
+    "explain.md",
+    "guests.md",
+    "policies.md",
+    "results.md",
+    "translate.md",
+    "tutorial.md",
+    "workloads.md",
+)
 
 
 def test_generated_parts_are_up_to_date() -> None:

@@ -187,8 +187,7 @@ impl Ctx<'_> {
         let plain =
             pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
         let table = pde.gfn();
-        let there = plain && memory.has_slot(table) && memory.host.present(table);
-        there.then(|| Step { table, pte: pde, access: directory.access.and(pde.access()) })
+        (plain && self.is_readable(table)).then(|| Step { table, pte: pde, access: directory.access.and(pde.access()) })
     }
 
     /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.

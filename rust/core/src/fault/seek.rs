@@ -3,14 +3,14 @@
 use crate::fault::Ctx;
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestWalk, Step};
-use crate::types::{Access, Gva, Level, PageId};
+use crate::types::{Access, Gfn, Gva, Level, PageId};
 
 impl Ctx<'_> {
     /// Goes down the guest's tables and the shadow's together, and remembers the way to the last-level table of an
     /// address, or at least to its directory. `false`, and nothing is remembered, if that takes more than looking.
     pub(super) fn seek_way(&mut self, root: PageId, gva: Gva) -> bool {
         let (mode, top) = (self.vcpu.role.mode, self.vcpu.role.mode.top);
-        if mode.pdptes || self.shadow.arena[root].level() != top {
+        if mode.pdptes || self.shadow.arena[root].level() != top || !self.is_readable(Gpte(self.vcpu.regs.cr3).gfn()) {
             return false;
         }
         let mut walk = GuestWalk { level: Level::PT, ..GuestWalk::start() };
@@ -34,16 +34,20 @@ impl Ctx<'_> {
         true
     }
 
+    /// Whether a walk can read a table without bringing its page in.
+    pub(super) fn is_readable(&self, table: Gfn) -> bool {
+        self.shadow.memory.has_slot(table) && self.shadow.memory.host.present(table)
+    }
+
     /// Reads the guest's entry of one level, and gives the shadow page and the guest's table below if the one is linked
     /// for the other and a walk would change nothing.
     fn linked_below(&self, id: PageId, step: &mut Step, gva: Gva, level: Level) -> Option<(PageId, Step)> {
-        let (role, memory) = (&self.vcpu.role, &self.shadow.memory);
+        let role = &self.vcpu.role;
         let index = role.mode.index(gva, level);
-        let (there, entry) = memory.host.present_and_entry(step.table, index, role.mode.entry_bytes);
-        let pte = Gpte(entry);
+        let pte = Gpte(self.shadow.memory.host.entry(step.table, index, role.mode.entry_bytes));
         step.pte = pte;
-        let plain = there && pte.present() && pte.accessed() && !pte.has_reserved(role, level);
-        if !plain || pte.is_leaf(role, level) || !memory.has_slot(step.table) {
+        let plain = pte.present() && pte.accessed() && !pte.has_reserved(role, level) && !pte.is_leaf(role, level);
+        if !plain || !self.is_readable(pte.gfn()) {
             return None;
         }
         let below = Step { table: pte.gfn(), pte: Gpte(0), access: step.access.and(pte.access()) };
