@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from shadowkvm.explain import DEMOS, Story, demo, explain, explain_row, html
+from shadowkvm.explain import DEMOS, Story, demo, explain, explain_rows, html
 from shadowkvm.replay import open_trace
 from shadowkvm.terminal import OutputOption, UsageError, check_folder, emit
 from shadowkvm.trace import Recording
@@ -87,9 +87,7 @@ def _rows(path: Path, which: str, count: int, policy: str | None) -> list[Story]
         raise UsageError(f"row {which!r}: a number from 0 on is expected")
     source = open_trace(path)
     try:
-        last = min(int(which) + count, len(source))
-        numbers = range(int(which), max(last, int(which) + 1))
-        return [explain_row(source, number, policy=policy) for number in numbers]
+        return explain_rows(source, int(which), count, policy=policy)
     finally:
         if isinstance(source, Recording):
             source.close()

@@ -8,6 +8,6 @@ from __future__ import annotations
 from shadowkvm.explain.demo import DEMOS, demo
 from shadowkvm.explain.page import html
 from shadowkvm.explain.story import Change, Step, Story
-from shadowkvm.explain.tell import explain, explain_row
+from shadowkvm.explain.tell import explain, explain_row, explain_rows
 
-__all__ = ["DEMOS", "Change", "Step", "Story", "demo", "explain", "explain_row", "html"]
+__all__ = ["DEMOS", "Change", "Step", "Story", "demo", "explain", "explain_row", "explain_rows", "html"]

@@ -23,7 +23,7 @@ from shadowkvm.vm import Vm
 if TYPE_CHECKING:
     from shadowkvm._core import Outcome
 
-__all__ = ["explain", "explain_row"]
+__all__ = ["explain", "explain_row", "explain_rows"]
 
 _NAMES: Final = {info.code: info.name for info in EVENT_INFO.values()}
 _SHIFTS: Final = {8: 9, 4: 10}
@@ -83,21 +83,30 @@ def explain_row(
         ConfigError: there is no such row.
         TraceError: a row cannot be run.
     """
+    return explain_rows(source, number, 1, memory=memory, **settings)[0]
+
+
+def explain_rows(
+    source: NDArray[np.void] | Recording, first: int, count: int, *, memory: int = 128 << 20, **settings: Any
+) -> list[Story]:
+    """The same for ``count`` rows, as many as there are: the rows before the first are run once."""
     feed.check_trace(source)
-    if not 0 <= number < len(source):
-        raise ConfigError(f"row {number:,}: the trace has rows 0 to {len(source) - 1:,}")
+    if not 0 <= first < len(source):
+        raise ConfigError(f"row {first:,}: the trace has rows 0 to {len(source) - 1:,}")
     vm = Vm(source.meta["memory"] if isinstance(source, Recording) else memory, **settings)
     if isinstance(source, Recording):
         feed.prepare(vm, source)
+    stories: list[Story] = []
     for piece in feed.pieces(source):
-        here = number - piece.first
-        vm.run_rows(piece.rows[: max(here, 0)].view(np.uint8).data, piece.first, piece.pages)
-        if here < len(piece.rows):
-            row = piece.rows[here : here + 1]
+        before = min(max(first - piece.first, 0), len(piece.rows))
+        vm.run_rows(piece.rows[:before].view(np.uint8).data, piece.first, piece.pages)
+        for at in range(before, min(first + count - piece.first, len(piece.rows))):
+            row, number = piece.rows[at : at + 1], piece.first + at
             call = partial(_step, vm, row, number, piece.pages)
-            return explain(vm, call, _row_title(row, number), vcpu=int(row["vcpu"][0]))
-        vm.run_rows(piece.rows[max(here, 0) :].view(np.uint8).data, piece.first + max(here, 0), piece.pages)
-    raise AssertionError
+            stories.append(explain(vm, call, _row_title(row, number), vcpu=int(row["vcpu"][0])))
+        if piece.first + len(piece.rows) >= first + count:
+            break
+    return stories
 
 
 class _Ended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["ACCESSES", "REASONS", "error_code", "gpte", "page_words", "spte"]
+__all__ = ["REASONS", "error_code", "gpte", "page_words", "spte"]
 
 _P, _W, _U, _A, _D, _PS, _NX = 1, 2, 4, 32, 64, 128, 1 << 63
 _SHADOW_PRESENT: Final = 1 << 11
@@ -26,7 +26,6 @@ REASONS: Final = {
     9: "INVPCID",
 }
 """Exit reasons as the engine numbers them."""
-ACCESSES: Final = {"read": "load", "write": "store", "fetch": "instruction fetch"}
 
 
 def _rights(entry: int) -> str:

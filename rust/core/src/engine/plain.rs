@@ -74,23 +74,29 @@ impl Ctx<'_> {
         Ok(directory)
     }
 
-    /// The load or store itself. `None` is the zero page, which a writable entry never maps.
+    /// The load or store itself. No address is the zero page, which reads as 0 and which a writable entry never maps;
+    /// nobody asks for it if no value is moved.
+    #[inline(always)]
+    pub(super) fn touch_plain(&mut self, plain: &Plain, gpa: impl FnOnce() -> Option<Gpa>) -> Outcome {
+        let mut outcome = Outcome::done(0);
+        if let Some(value) = plain.value {
+            let host = &mut self.shadow.memory.host;
+            match (gpa(), plain.kind) {
+                (Some(gpa), AccessKind::Read) => outcome.value = host.read(gpa, plain.size),
+                (Some(gpa), AccessKind::Write) => host.write(gpa, plain.size, value),
+                _ => {}
+            }
+        }
+        outcome
+    }
+
+    /// The end of an access that the shadow allows: its load or store.
     #[inline(always)]
     pub(super) fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
         self.vcpu.counters.x_ops += 1;
         self.vcpu.injected = None;
         self.shadow.events.op += 1;
-        let gpa = Gpa(frame.map_or(0, |gfn| gfn.gpa().0) | plain.gva.offset());
-        match (plain.kind, frame, plain.value) {
-            (AccessKind::Read, Some(_), Some(_)) => {
-                Ran::Ended(Outcome::done(self.shadow.memory.host.read(gpa, plain.size)))
-            }
-            (AccessKind::Write, Some(_), Some(value)) => {
-                self.shadow.memory.host.write(gpa, plain.size, value);
-                Ran::Ended(Outcome::done(0))
-            }
-            _ => Ran::Ended(Outcome::done(0)),
-        }
+        Ran::Ended(self.touch_plain(plain, || Some(Gpa(frame?.gpa().0 | plain.gva.offset()))))
     }
 
     /// The access ends with something else than its own load or store.

@@ -160,17 +160,8 @@ impl Ctx<'_> {
             if !allowed || leaf.is_table(end.1.0) {
                 return Some((words, end));
             }
-            let mut outcome = Outcome::done(0);
-            if let Some(value) = plain.value {
-                // `None` is the zero page, which reads as 0 and which a writable entry never maps.
-                let gfn = Host::gfn(leaf.pfn());
-                let gpa = gfn.map(|gfn| Gpa(gfn.gpa().0 | gva.0 & ((end.1.pages() << 12) - 1)));
-                match (gpa, plain.kind) {
-                    (Some(gpa), AccessKind::Read) => outcome.value = self.shadow.memory.host.read(gpa, plain.size),
-                    (Some(gpa), AccessKind::Write) => self.shadow.memory.host.write(gpa, plain.size, value),
-                    _ => {}
-                }
-            }
+            let inside = gva.0 & ((end.1.pages() << 12) - 1);
+            let outcome = self.touch_plain(&plain, || Some(Gpa(Host::gfn(leaf.pfn())?.gpa().0 | inside)));
             (rows.each)(&outcome);
             rows.done += 1;
         }
