@@ -16,6 +16,7 @@ from shadowkvm.events import event_array, event_mask
 from shadowkvm.policy import Policy, described
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
+from shadowkvm.tlb import USUAL_WALK_CACHES, TlbStatistics, tlb_sizes
 from shadowkvm.trace import Recording
 
 if TYPE_CHECKING:
@@ -326,6 +327,49 @@ class Vm(_Vm):
             ConfigError: a name that is no event.
         """
         super().set_event_mask(event_mask(events))
+
+    def follow_tlb(
+        self,
+        enabled: bool = True,
+        *,
+        entries: int = 1536,
+        ways: int | None = 12,
+        walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
+    ) -> None:
+        """Follow the vCPUs' TLBs through `run` from now on, beginning with empty ones; `tlb` has what was counted.
+
+        A model of hardware beside the engine: nothing that an access does depends on it. KVM's flushes empty it,
+        INVLPG takes a page and the page-walk caches, PCIDs are kept apart. A snapshot or a copy holds none.
+
+        Args:
+            enabled: False stops it and forgets what was counted.
+            entries: translations of each vCPU, of any page size; 0: no TLB, every access walks. The default is the
+                second-level TLB of Intel's Skylake.
+            ways: entries of a set, the least recently used goes first; None: one set.
+            walk_caches: entries of the page-walk caches for tables of level 1, 2 and 3; None: none, each walk begins
+                at the root. The default is what Barr, Cox and Rixner (ISCA 2010) give.
+
+        Raises:
+            ConfigError: sizes that make no cache. What was followed before still is.
+
+        >>> import numpy as np, shadowkvm as sk
+        >>> vm = sk.Vm(memory=32 << 20)
+        >>> for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x67}.items():
+        ...     vm.write_memory(table, entry.to_bytes(8, "little"))
+        >>> vm.vcpus[0].set_sregs(cr3=0x1000)
+        >>> vm.follow_tlb()
+        >>> reads = np.zeros(10, sk.TRACE_DTYPE)
+        >>> reads["size"] = 8
+        >>> vm.run(reads).status["done"], vm.tlb
+        (10, TlbStatistics(accesses=10, hits=9, misses=1, references=4, flushes=0))
+        """
+        self.set_tlb(tlb_sizes(entries, ways, walk_caches) if enabled else None)
+
+    @property
+    def tlb(self) -> TlbStatistics | None:
+        """What the TLBs made of the runs since `follow_tlb`; None if they are not followed."""
+        counts = self.tlb_counts()
+        return None if counts is None else TlbStatistics(*counts)
 
     def memory_use(self) -> dict[str, int]:
         """Bytes that the VM takes, by what for.

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! types bits | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | image | shadow | hw | fault |
-//! engine | audit
+//! engine audit | paging
 //! ```
 //!
 //! [`engine::Vm`] is the door: [`engine::Vm::step`] runs one operation, [`engine::Vm::run`] a trace.
@@ -28,6 +28,7 @@ pub mod memory;
 pub mod mode;
 pub mod ops;
 pub mod outcome;
+pub mod paging;
 pub mod policy;
 pub mod role;
 pub mod shadow;

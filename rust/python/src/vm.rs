@@ -10,10 +10,12 @@ use pyo3::types::{PyDict, PyTuple};
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, RunTotals, Vm as Engine};
+use shadowkvm_core::error::TraceError;
 use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
+use shadowkvm_core::paging::{ShadowTlb, TlbSizes};
 use shadowkvm_core::policy::builtin;
 use shadowkvm_core::types::{Gpa, PageId};
 use std::collections::HashMap;
@@ -29,6 +31,8 @@ pub(crate) struct Vm {
     rows: Vec<u8>,
     /// Where a policy in Python leaves its exception.
     pub(crate) failure: Option<Failure>,
+    /// The TLBs that are followed, if they are.
+    tlb: Option<ShadowTlb>,
 }
 
 /// The state of a VM at one moment.
@@ -102,7 +106,7 @@ impl Vm {
         };
         let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
-        Ok(Self { engine, rows: Vec::new(), failure })
+        Ok(Self { engine, rows: Vec::new(), failure, tlb: None })
     }
 
     /// Name of the kernel whose rules hold.
@@ -225,7 +229,7 @@ impl Vm {
         let rows = slice(&rows)?;
         let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
         let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
-        let (engine, block) = (&mut self.engine, &mut self.rows);
+        let (engine, tlb, block) = (&mut self.engine, &mut self.tlb, &mut self.rows);
         let totals = py.detach(|| {
             let mut options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
             let mut totals = RunTotals::default();
@@ -233,9 +237,9 @@ impl Vm {
                 block.clear();
                 block.extend_from_slice(part);
                 totals.add(&if outcomes {
-                    engine.run(block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
+                    run_block(engine, tlb, block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
                 } else {
-                    engine.run(block, &options, |_| {})?
+                    run_block(engine, tlb, block, &options, |_| {})?
                 });
                 options.first_row += BLOCK as u64;
             }
@@ -252,6 +256,20 @@ impl Vm {
             totals.first_mismatch,
             bytes,
         ))
+    }
+
+    /// Follows TLBs of these sizes from now on, empty ones; `None`: follows none.
+    fn set_tlb(&mut self, sizes: Option<(usize, usize, [usize; 3])>) -> PyResult<()> {
+        let vcpus = self.engine.vcpus().len();
+        let made = sizes.map(|(entries, ways, walk)| ShadowTlb::new(vcpus, TlbSizes { entries, ways, walk }));
+        self.tlb = made.transpose().map_err(errors::config)?;
+        Ok(())
+    }
+
+    /// Accesses, hits, misses, references, flushes; `None` if no TLB is followed.
+    fn tlb_counts(&self) -> Option<(u64, u64, u64, u64, u64)> {
+        let counts = self.tlb.as_ref()?.counts();
+        Some((counts.accesses, counts.hits, counts.misses, counts.references, counts.flushes))
     }
 
     /// Records the kinds in `mask` from now on; gives the mask before.
@@ -355,6 +373,20 @@ impl Vm {
         };
         let previous = |roots: &[Root]| roots.iter().map(|root| number(root.page())).collect();
         self.engine.vcpus().iter().map(|v| (current(&v.root), previous(&v.prev_roots))).collect()
+    }
+}
+
+/// Runs rows, with the TLBs if they are followed.
+fn run_block(
+    engine: &mut Engine,
+    tlb: &mut Option<ShadowTlb>,
+    rows: &[u8],
+    options: &RunOptions<'_>,
+    each: impl FnMut(&Outcome),
+) -> Result<RunTotals, TraceError> {
+    match tlb {
+        Some(tlb) => tlb.run(engine, rows, options, each),
+        None => engine.run(rows, options, each),
     }
 }
 

@@ -1,0 +1,205 @@
+//! The TLB of CPUs that run under shadow paging: they walk the shadow's tables, and KVM flushes them.
+
+use crate::engine::{RunOptions, RunTotals, Vm};
+use crate::error::{ConfigError, TraceError, refuse};
+use crate::ops::{OpCode, ROW_BYTES, Row};
+use crate::outcome::{Outcome, Status};
+use crate::paging::tlb::{Tlb, TlbSizes};
+use crate::types::Gva;
+
+/// Lines of one cache; more is a mistake.
+const MAX_ENTRIES: usize = 1 << 20;
+
+/// What the CPUs' walks came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TlbCounts {
+    /// Pages accessed by loads, stores and fetches that were carried out.
+    pub accesses: u64,
+    /// ... that the TLB answered.
+    pub hits: u64,
+    /// ... for which the shadow was walked.
+    pub misses: u64,
+    /// Entries of shadow tables that those walks read.
+    pub references: u64,
+    /// Times that a whole TLB was flushed.
+    pub flushes: u64,
+}
+
+/// The TLBs of all vCPUs, and what they count.
+#[derive(Clone, Debug)]
+pub struct ShadowTlb {
+    cpus: Vec<Tlb>,
+    counts: TlbCounts,
+}
+
+impl ShadowTlb {
+    /// Empty TLBs for that many vCPUs.
+    ///
+    /// # Errors
+    /// Sizes that make no cache: ways that do not divide the entries, or far too many of them.
+    pub fn new(vcpus: usize, sizes: TlbSizes) -> Result<Self, ConfigError> {
+        let TlbSizes { entries, ways, walk, .. } = sizes;
+        if entries > MAX_ENTRIES || walk.iter().any(|size| *size > MAX_ENTRIES) {
+            return refuse!("TLB: {entries} entries, page-walk caches of {walk:?}: the limit is {MAX_ENTRIES}");
+        }
+        if entries > 0 && (ways == 0 || !entries.is_multiple_of(ways)) {
+            return refuse!("TLB: {ways} ways do not divide {entries} entries");
+        }
+        Ok(Self { cpus: vec![Tlb::new(sizes); vcpus], counts: TlbCounts::default() })
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub const fn counts(&self) -> TlbCounts {
+        self.counts
+    }
+
+    /// Runs rows as [`Vm::run`] does, one at a time, and follows the TLBs.
+    ///
+    /// # Errors
+    /// As [`Vm::run`].
+    pub fn run(
+        &mut self,
+        vm: &mut Vm,
+        rows: &[u8],
+        options: &RunOptions<'_>,
+        mut each: impl FnMut(&Outcome),
+    ) -> Result<RunTotals, TraceError> {
+        let (mut totals, mut one) = (RunTotals::default(), *options);
+        for bytes in rows.chunks(ROW_BYTES) {
+            let before: Option<u64> =
+                vm.vcpus().get(usize::from(bytes[bytes.len().min(4) - 1])).map(|v| v.counters.tlb_flush);
+            let mut status = Status::Done;
+            totals.add(&vm.run(bytes, &one, |outcome| {
+                status = outcome.status;
+                each(outcome);
+            })?);
+            let row = Row::decode(bytes.as_array().unwrap_or(&[0; ROW_BYTES]), one.first_row)?;
+            self.follow(vm, &row, status, before.unwrap_or_default());
+            one.first_row += 1;
+        }
+        Ok(totals)
+    }
+
+    /// What a row did to the TLB of its vCPU. KVM flushes at entry, that is, before the access.
+    fn follow(&mut self, vm: &Vm, row: &Row, status: Status, flushes_before: u64) {
+        let number = usize::from(row.vcpu);
+        let (vcpu, tlb) = (&vm.vcpus()[number], &mut self.cpus[number]);
+        if vcpu.counters.tlb_flush != flushes_before {
+            // A new ASID (`svm_flush_tlb_current`, 6.1): entries of all PCIDs are gone, and shadow entries are never global.
+            tlb.flush_all();
+            self.counts.flushes += 1;
+        }
+        let write = match row.op {
+            OpCode::Invlpg => return tlb.flush_page(Gva(row.addr), vcpu.pcid()),
+            OpCode::Read | OpCode::Fetch => false,
+            op if (op as u8) <= OpCode::Store as u8 => true,
+            _ => return,
+        };
+        if status != Status::Done {
+            return;
+        }
+        let last = Gva(row.addr.wrapping_add(u64::from(row.size) - 1));
+        self.access(vm, number, Gva(row.addr), write);
+        if last.page() != Gva(row.addr).page() {
+            self.access(vm, number, last, write);
+        }
+    }
+
+    /// One page was accessed.
+    fn access(&mut self, vm: &Vm, number: usize, gva: Gva, write: bool) {
+        let (vcpu, tlb) = (&vm.vcpus()[number], &mut self.cpus[number]);
+        let Some(table) = vcpu.root.table(gva) else { return };
+        let pcid = vcpu.pcid();
+        self.counts.accesses += 1;
+        if tlb.hit(gva, pcid, write) {
+            self.counts.hits += 1;
+            return;
+        }
+        let (_, leaf) = vm.shadow().walk_down(table, gva);
+        let start = tlb.begin_walk(gva, pcid, vm.shadow().arena()[table].level(), leaf);
+        self.counts.misses += 1;
+        self.counts.references += u64::from(start.0 - leaf.0 + 1);
+        tlb.fill(gva, pcid, leaf, (false, write));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::cpu::Registers;
+    use crate::paging::tlb::USUAL;
+    use crate::policy::Kvm;
+    use crate::types::Gpa;
+
+    /// A guest whose pages 0 to 7 at gva 0 are frames 16 to 23.
+    fn guest() -> Vm {
+        let mut vm = Vm::new(16 << 20, 1, Config::default(), Box::new(Kvm), 0).unwrap();
+        for (gpa, entry) in [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007)] {
+            vm.write_memory(Gpa(gpa), &u64::to_le_bytes(entry)).unwrap();
+        }
+        for page in 0..8 {
+            vm.write_memory(Gpa(0x4000 + 8 * page), &(0x10007 + (page << 12)).to_le_bytes()).unwrap();
+        }
+        vm.set_sregs(0, Registers { cr3: 0x1000, ..Registers::default() }).unwrap();
+        vm
+    }
+
+    fn rows(ops: &[(OpCode, u64, u64)]) -> Vec<u8> {
+        let row = |(op, addr, value): &(OpCode, u64, u64)| Row {
+            op: *op,
+            size: 8,
+            flags: 0,
+            vcpu: 0,
+            site: 0,
+            addr: *addr,
+            value: *value,
+        };
+        ops.iter().flat_map(|op| row(op).encode()).collect()
+    }
+
+    fn counts(sizes: TlbSizes, ops: &[(OpCode, u64, u64)]) -> TlbCounts {
+        let (mut vm, mut tlb) = (guest(), ShadowTlb::new(1, sizes).unwrap());
+        tlb.run(&mut vm, &rows(ops), &RunOptions::default(), |_| {}).unwrap();
+        tlb.counts()
+    }
+
+    #[test]
+    fn walks_read_what_the_caches_do_not_hold() {
+        use OpCode::{Cr3, Invlpg, Read, Write};
+        let read = |page: u64| (Read, page << 12, 0);
+        let usual = counts(USUAL, &[read(0), read(0), read(1)]);
+        assert_eq!((usual.accesses, usual.hits, usual.misses, usual.references), (3, 1, 2, 5));
+        let bare = counts(USUAL.without_walk_caches(), &[read(0), read(0), read(1)]);
+        assert_eq!((bare.misses, bare.references), (2, 8));
+        let none = counts(TlbSizes { entries: 0, ..USUAL }, &[read(0), read(0), read(1)]);
+        assert_eq!((none.hits, none.misses, none.references), (0, 3, 6));
+        let flushed = counts(USUAL, &[read(0), (Cr3, 0, 0x1000), read(0), (Invlpg, 0, 0), read(0)]);
+        assert_eq!((flushed.hits, flushed.misses), (0, 3));
+        assert!(flushed.flushes >= 1);
+        let stored = counts(USUAL, &[read(0), (Write, 0, 1), (Write, 8, 1)]);
+        assert_eq!((stored.misses, stored.hits), (2, 1), "D is set by a walk");
+        let across = counts(USUAL, &[(Read, 0xffc, 0)]);
+        assert_eq!(across.accesses, 2);
+    }
+
+    #[test]
+    fn a_run_with_a_tlb_comes_to_the_same() {
+        let ops: Vec<_> = (0..64).map(|n| (OpCode::Write, (n % 9) << 12, n)).collect();
+        let (mut plain, mut seen, mut tlb) = (guest(), guest(), ShadowTlb::new(1, USUAL).unwrap());
+        let (mut outcomes, mut same) = (Vec::new(), Vec::new());
+        let totals = plain.run(&rows(&ops), &RunOptions::default(), |o| outcomes.push(*o)).unwrap();
+        let followed = tlb.run(&mut seen, &rows(&ops), &RunOptions::default(), |o| same.push(*o)).unwrap();
+        assert_eq!((totals, outcomes, plain.state_hash()), (followed, same, seen.state_hash()));
+        let damaged = &rows(&ops)[..30];
+        assert_eq!(tlb.run(&mut seen, damaged, &RunOptions::default(), |_| {}).unwrap_err().index, 1);
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        let text = |sizes| ShadowTlb::new(1, sizes).unwrap_err().0;
+        assert!(text(TlbSizes { ways: 7, ..USUAL }).contains("7 ways do not divide 1536"));
+        assert!(text(TlbSizes { entries: 1 << 21, ..USUAL }).contains("limit"));
+    }
+}

@@ -1,0 +1,181 @@
+//! One CPU's TLB and page-walk caches: what is kept, what a flush takes, and how much a walk must read.
+//!
+//! This is a model of hardware, not of KVM: it decides how often tables are walked, never what an access does.
+
+use crate::paging::cache::Cache;
+use crate::types::{Gva, Level};
+use rustc_hash::FxHashMap;
+
+/// Sizes of the caches. A size of 0 is a cache that is not there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TlbSizes {
+    /// Translations of pages.
+    pub entries: usize,
+    /// Ways of each set.
+    pub ways: usize,
+    /// Page-walk cache: entries for tables of level 1, 2 and 3 (their addresses, so that a walk begins there).
+    pub walk: [usize; 3],
+}
+
+/// Skylake's second-level TLB (Intel 64 optimization manual, table of the caches); page-walk caches of 32, 4 and 2
+/// entries (Barr, Cox and Rixner, ISCA 2010).
+pub const USUAL: TlbSizes = TlbSizes { entries: 1536, ways: 12, walk: [32, 4, 2] };
+
+impl TlbSizes {
+    /// The same without caches that shorten a walk.
+    #[must_use]
+    pub const fn without_walk_caches(self) -> Self {
+        Self { walk: [0; 3], ..self }
+    }
+}
+
+/// The page was written through this entry, so that D is known to be set; and the page's level.
+const WRITTEN: u32 = 1 << 8;
+
+/// Numbers for address spaces: a flush gives a space a new number, so that its entries are found no more.
+#[derive(Clone, Debug)]
+struct Spaces {
+    by_pcid: FxHashMap<u64, u32>,
+    global: u32,
+    next: u32,
+}
+
+impl Spaces {
+    fn new() -> Self {
+        Self { by_pcid: FxHashMap::default(), global: 0, next: 1 }
+    }
+
+    fn of(&mut self, pcid: u64) -> u32 {
+        let Self { by_pcid, next, .. } = self;
+        *by_pcid.entry(pcid).or_insert_with(|| {
+            *next += 1;
+            *next
+        })
+    }
+
+    fn flush(&mut self, pcid: u64) {
+        self.by_pcid.remove(&pcid);
+    }
+
+    fn flush_all(&mut self) {
+        self.by_pcid.clear();
+        self.next += 1;
+        self.global = self.next;
+    }
+}
+
+/// The caches of one CPU.
+#[derive(Clone, Debug)]
+pub struct Tlb {
+    pages: Cache,
+    walk: [Cache; 3],
+    spaces: Spaces,
+}
+
+impl Tlb {
+    /// Empty caches.
+    #[must_use]
+    pub fn new(sizes: TlbSizes) -> Self {
+        let small = |entries: usize| Cache::new(entries, entries);
+        Self { pages: Cache::new(sizes.entries, sizes.ways), walk: sizes.walk.map(small), spaces: Spaces::new() }
+    }
+
+    /// A page's tag: its number at its size, with the size.
+    const fn tag(gva: Gva, level: Level) -> u64 {
+        (gva.0 >> (12 + 9 * (level.0 as u32 - 1))) << 2 | (level.0 as u64 - 1)
+    }
+
+    /// Whether an access needs no walk. A store through an entry that has not been written yet needs one, for D.
+    pub fn hit(&mut self, gva: Gva, pcid: u64, write: bool) -> bool {
+        let own = self.spaces.of(pcid);
+        for space in [own, self.spaces.global] {
+            for level in 1..=3 {
+                if let Some(value) = self.pages.get(Self::tag(gva, Level(level)), space) {
+                    return !write || value & WRITTEN != 0;
+                }
+            }
+        }
+        false
+    }
+
+    /// Keeps what a walk found.
+    pub fn fill(&mut self, gva: Gva, pcid: u64, level: Level, (global, write): (bool, bool)) {
+        let space = if global { self.spaces.global } else { self.spaces.of(pcid) };
+        self.pages.put(Self::tag(gva, level.min(Level(3))), space, if write { WRITTEN } else { 0 });
+    }
+
+    /// The level of the table where a walk from `top` down to a leaf of `leaf` begins; the tables above it are kept from
+    /// earlier walks. What the walk goes through is kept.
+    pub fn begin_walk(&mut self, gva: Gva, pcid: u64, top: Level, leaf: Level) -> Level {
+        let space = self.spaces.of(pcid);
+        let tag = |level: u8| gva.0 >> (12 + 9 * u32::from(level));
+        let highest = top.0.min(4);
+        let start =
+            (leaf.0..highest).find(|level| self.walk[usize::from(*level) - 1].get(tag(*level), space).is_some());
+        for level in leaf.0..start.unwrap_or(highest) {
+            self.walk[usize::from(level) - 1].put(tag(level), space, 0);
+        }
+        Level(start.unwrap_or(top.0))
+    }
+
+    /// INVLPG: the page's entries go, and all that shortens walks (SDM vol. 3 section 4.10.4.1).
+    pub fn flush_page(&mut self, gva: Gva, pcid: u64) {
+        let own = self.spaces.of(pcid);
+        for space in [own, self.spaces.global] {
+            for level in 1..=3 {
+                self.pages.drop_line(Self::tag(gva, Level(level)), space);
+            }
+        }
+        self.walk.iter_mut().for_each(Cache::clear);
+    }
+
+    /// A CR3 load: everything of one PCID but global pages.
+    pub fn flush_pcid(&mut self, pcid: u64) {
+        self.spaces.flush(pcid);
+    }
+
+    /// Everything of the guest's own translations, global pages too.
+    pub fn flush_all(&mut self) {
+        self.spaces.flush_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: Gva = Gva(0x7fff_1234_5000);
+
+    #[test]
+    fn a_store_walks_until_the_page_was_written() {
+        let mut tlb = Tlb::new(USUAL);
+        tlb.fill(PAGE, 1, Level::PT, (false, false));
+        assert!(tlb.hit(PAGE, 1, false) && !tlb.hit(PAGE, 1, true) && !tlb.hit(PAGE, 2, false));
+        tlb.fill(PAGE, 1, Level::PT, (false, true));
+        assert!(tlb.hit(PAGE, 1, true));
+        tlb.flush_page(PAGE, 1);
+        assert!(!tlb.hit(PAGE, 1, false));
+    }
+
+    #[test]
+    fn global_pages_outlive_a_cr3_load_only() {
+        let mut tlb = Tlb::new(USUAL);
+        tlb.fill(PAGE, 1, Level::PD, (true, false));
+        tlb.flush_pcid(1);
+        assert!(tlb.hit(Gva(PAGE.0 + 0x1000), 1, false));
+        tlb.flush_all();
+        assert!(!tlb.hit(PAGE, 1, false));
+    }
+
+    #[test]
+    fn a_second_walk_nearby_begins_at_the_last_table() {
+        let mut tlb = Tlb::new(USUAL);
+        assert_eq!(tlb.begin_walk(PAGE, 1, Level(4), Level::PT), Level(4));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + 0x1000), 1, Level(4), Level::PT), Level(1));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, Level(4), Level::PT), Level(2));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, Level(4), Level::PD), Level(2), "a large page there");
+        let mut none = Tlb::new(USUAL.without_walk_caches());
+        none.begin_walk(PAGE, 1, Level(4), Level::PT);
+        assert_eq!(none.begin_walk(PAGE, 1, Level(4), Level::PT), Level(4));
+    }
+}
