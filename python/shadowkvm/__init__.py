@@ -44,6 +44,7 @@ from shadowkvm.ops import NO_PAGE, PAGE_SIZE, TRACE_DTYPE, Flag, Op
 from shadowkvm.policy import POLICIES, PageView, Policy
 from shadowkvm.result import OUTCOME_DTYPE, STATUS_NAMES, RunResult
 from shadowkvm.shadow import Page, Role, Root, ShadowTree
+from shadowkvm.tlb import TlbStatistics
 from shadowkvm.trace import Chunk, Recording, RecordingWriter, import_raw
 from shadowkvm.vm import HOST_STATES, Vm
 
@@ -85,6 +86,7 @@ __all__ = [
     "ShadowKvmError",
     "ShadowTree",
     "Snapshot",
+    "TlbStatistics",
     "TraceError",
     "Translations",
     "Vcpu",

@@ -16,35 +16,34 @@ from shadowkvm.ops import Op
 
 __all__ = ["DOC", "rows"]
 
-DOC: Final = """One trace without exits and one of first touches, with nothing asked for, with outcomes, and with
-events; and how many events a second go into the array."""
+DOC: Final = """One trace without exits and one of first touches, with nothing asked for, with outcomes, with
+events, with TLBs followed; and how many events a second go into the array."""
 
 _LABELS: Final = {
     "nothing": "nothing asked for",
     "outcomes": "outcomes of each row",
     "events": "events (there are none)",
+    "tlb": "TLBs followed",
 }
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """Outcomes and events, on and off."""
     count = 1 << (17 if quick else 20)
-    plain, recording = build(32).vm, build(32, events=True).vm
+    plain, recording, followed = build(32).vm, build(32, events=True).vm, build(32).vm
+    followed.follow_tlb()
     trace = make_rows(Op.READ, np.arange(count) % (32 * 512) << 12)
     plain.run(trace[: 32 * 512])
     recording.run(trace[: 32 * 512])
+    followed.run(trace[: 32 * 512])
     works = {
         "nothing": lambda: plain.run(trace),
         "outcomes": lambda: plain.run(trace, outcomes=True),
         "events": lambda: recording.run(trace),
+        "tlb": lambda: followed.run(trace),
     }
     for name, seconds in best(works, rounds(quick)).items():
-        label = {
-            "nothing": "nothing asked for",
-            "outcomes": "outcomes of each row",
-            "events": "events (there are none)",
-        }[name]
-        yield Row(f"no exits, {label}", count / seconds / 1e6, "M/s")
+        yield Row(f"no exits, {_LABELS[name]}", count / seconds / 1e6, "M/s")
     yield from _faults(32 if quick else 256, quick)
 
 

@@ -66,17 +66,20 @@ impl ShadowTlb {
         mut each: impl FnMut(&Outcome),
     ) -> Result<RunTotals, TraceError> {
         let (mut totals, mut one) = (RunTotals::default(), *options);
-        for bytes in rows.chunks(ROW_BYTES) {
-            let before: Option<u64> =
-                vm.vcpus().get(usize::from(bytes[bytes.len().min(4) - 1])).map(|v| v.counters.tlb_flush);
+        let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
+        for bytes in whole {
+            let row = Row::decode(bytes, one.first_row)?;
+            let before = vm.vcpus().get(usize::from(row.vcpu)).map_or(0, |vcpu| vcpu.counters.tlb_flush);
             let mut status = Status::Done;
             totals.add(&vm.run(bytes, &one, |outcome| {
                 status = outcome.status;
                 each(outcome);
             })?);
-            let row = Row::decode(bytes.as_array().unwrap_or(&[0; ROW_BYTES]), one.first_row)?;
-            self.follow(vm, &row, status, before.unwrap_or_default());
+            self.follow(vm, &row, status, before);
             one.first_row += 1;
+        }
+        if !rest.is_empty() {
+            vm.run(rest, &one, |_| {})?; // says what is wrong with it
         }
         Ok(totals)
     }
