@@ -5,7 +5,7 @@
 struct Line {
     /// The tag, 0 = empty. Tags are moved by one so that none is 0.
     tag: u64,
-    /// The address space, as [`super::tlb::Spaces`] numbers it.
+    /// The address space, as the TLB numbers it.
     space: u32,
     /// What is kept with it.
     value: u32,
