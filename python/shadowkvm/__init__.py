@@ -40,6 +40,7 @@ from shadowkvm.image import (
     translate,
     walk,
 )
+from shadowkvm.nested import NestedStatistics
 from shadowkvm.ops import NO_PAGE, PAGE_SIZE, TRACE_DTYPE, Flag, Op
 from shadowkvm.policy import POLICIES, PageView, Policy
 from shadowkvm.result import OUTCOME_DTYPE, STATUS_NAMES, RunResult
@@ -70,6 +71,7 @@ __all__ = [
     "Flag",
     "GuestMemoryError",
     "InvariantError",
+    "NestedStatistics",
     "Op",
     "Outcome",
     "Page",

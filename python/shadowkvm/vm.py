@@ -13,6 +13,7 @@ from shadowkvm._core import Vm as _Vm
 from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
 from shadowkvm.events import event_array, event_mask
+from shadowkvm.nested import NestedStatistics, stage_level
 from shadowkvm.policy import Policy, described
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
@@ -370,6 +371,54 @@ class Vm(_Vm):
         """What the TLBs made of the runs since `follow_tlb`; None if they are not followed."""
         counts = self.tlb_counts()
         return None if counts is None else TlbStatistics(*counts)
+
+    def use_nested(
+        self,
+        *,
+        warm: bool = False,
+        page_size: int = 4096,
+        entries: int = 1536,
+        ways: int | None = 12,
+        walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
+        nested_tlb: int = 16,
+    ) -> None:
+        """Run the guest under nested paging (AMD NPT, Intel EPT) instead of the shadow, from now to the end.
+
+        `run` then does to the guest what it does under the shadow: the same values, the same faults of its own, the
+        same memory. But no table is shadowed: CR3 loads, INVLPG and the guest's faults do not exit, the second stage does.
+        `nested` has what was counted. A vCPU's single instructions are refused; a snapshot or a copy is of the memory
+        and the registers, and is under the shadow.
+
+        Args:
+            warm: the second stage maps everything already. A cold one faults once for each page that is touched, guest
+                tables too.
+            page_size: bytes of the second stage's pages: 4,096, 2 MiB or 1 GiB.
+            entries, ways, walk_caches: as in `follow_tlb`; page-walk caches are those of the guest's tables.
+            nested_tlb: entries of the nested TLB: second-stage translations of guest tables (16: Bhargava, Serebrin,
+                Spadini and Manne, ASPLOS 2008); 0: none.
+
+        Raises:
+            ConfigError: sizes that make no cache, another page size, or the VM has run under the shadow already.
+
+        >>> import numpy as np, shadowkvm as sk
+        >>> vm = sk.Vm(memory=32 << 20)
+        >>> for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x67}.items():
+        ...     vm.write_memory(table, entry.to_bytes(8, "little"))
+        >>> vm.vcpus[0].set_sregs(cr3=0x1000)
+        >>> vm.use_nested(walk_caches=None, nested_tlb=0)
+        >>> reads = np.zeros(10, sk.TRACE_DTYPE)
+        >>> reads["size"] = 8
+        >>> vm.run(reads).status["done"], vm.nested.references_per_miss, vm.nested.exits
+        (10, 24.0, 5)
+        """
+        sizes = tlb_sizes(entries, ways, walk_caches)
+        self.set_nested((*sizes, integer("nested_tlb", nested_tlb, bits=20), bool(warm), stage_level(page_size)))
+
+    @property
+    def nested(self) -> NestedStatistics | None:
+        """What nested paging came to since `use_nested`; None under the shadow."""
+        counts = self.nested_counts()
+        return None if counts is None else NestedStatistics(*counts)
 
     def memory_use(self) -> dict[str, int]:
         """Bytes that the VM takes, by what for.

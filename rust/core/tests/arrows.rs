@@ -43,7 +43,7 @@ const INNER: &[(&str, &[&[&str]])] = &[(
 )];
 
 /// Modules that only these may name, whatever the layers say: fault/ alone sees the guest's walk and the shadow.
-const ONLY_FOR: &[(&str, &[&str])] = &[("guest::walk", &["guest", "fault"])];
+const ONLY_FOR: &[(&str, &[&str])] = &[("guest::walk", &["guest", "fault", "paging"])];
 
 /// Of another module, a module may name no more than these parts.
 const NO_MORE_THAN: &[(&str, &str, &[&str])] = &[("shadow", "guest", &["mode", "gpte"])];

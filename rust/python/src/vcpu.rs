@@ -64,14 +64,23 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
+    /// The VM, which must not be under nested paging: that runs traces only.
+    fn under_shadow<'py>(&self, py: Python<'py>) -> PyResult<PyRefMut<'py, Vm>> {
+        let vm = self.vm.bind(py).try_borrow_mut()?;
+        if vm.nested.is_some() {
+            return Err(errors::refused("under nested paging a guest runs by Vm.run only".into()));
+        }
+        Ok(vm)
+    }
+
     fn run(&self, py: Python<'_>, insn: &Insn) -> PyResult<Outcome> {
-        let mut vm = self.vm.try_borrow_mut(py)?;
+        let mut vm = self.under_shadow(py)?;
         let outcome = vm.engine.execute(self.index, insn);
         raise(py, vm.failure.as_ref()).map(|()| Outcome(outcome))
     }
 
     fn control(&self, py: Python<'_>, what: Control, rip: Option<u64>) -> PyResult<Outcome> {
-        let mut vm = self.vm.try_borrow_mut(py)?;
+        let mut vm = self.under_shadow(py)?;
         let outcome = vm.engine.control(self.index, what, rip);
         raise(py, vm.failure.as_ref()).map(|()| Outcome(outcome))
     }

@@ -15,9 +15,9 @@ use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
-use shadowkvm_core::paging::{ShadowTlb, TlbSizes};
+use shadowkvm_core::paging::{Nested, NestedSetup, ShadowTlb, TlbSizes};
 use shadowkvm_core::policy::builtin;
-use shadowkvm_core::types::{Gpa, PageId};
+use shadowkvm_core::types::{Gpa, Level, PageId};
 use std::collections::HashMap;
 
 /// What a run came to, as a tuple: see `_core.pyi`.
@@ -33,6 +33,8 @@ pub(crate) struct Vm {
     pub(crate) failure: Option<Failure>,
     /// The TLBs that are followed, if they are.
     tlb: Option<ShadowTlb>,
+    /// The guest runs under nested paging instead of the shadow.
+    pub(crate) nested: Option<Nested>,
 }
 
 /// The state of a VM at one moment.
@@ -106,7 +108,7 @@ impl Vm {
         };
         let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
-        Ok(Self { engine, rows: Vec::new(), failure, tlb: None })
+        Ok(Self { engine, rows: Vec::new(), failure, tlb: None, nested: None })
     }
 
     /// Name of the kernel whose rules hold.
@@ -127,7 +129,11 @@ impl Vm {
 
     #[pyo3(signature = (slot, gpa, size, readonly=false, dirty_log=false))]
     fn add_slot(&mut self, slot: u16, gpa: u64, size: u64, readonly: bool, dirty_log: bool) -> PyResult<()> {
-        self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)
+        self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)?;
+        if let Some(nested) = &mut self.nested {
+            nested.unmapped(Gpa(gpa), size);
+        }
+        Ok(())
     }
 
     fn delete_slot(&mut self, slot: u16) -> PyResult<()> {
@@ -135,15 +141,27 @@ impl Vm {
     }
 
     fn get_dirty_log(&mut self, slot: u16) -> PyResult<Vec<u64>> {
-        self.engine.get_dirty_log(slot).map_err(errors::config)
+        let frames = self.engine.get_dirty_log(slot).map_err(errors::config)?;
+        if let Some(nested) = &mut self.nested {
+            nested.log_was_read(&self.engine);
+        }
+        Ok(frames)
     }
 
     fn set_dirty_log(&mut self, slot: u16, enabled: bool) -> PyResult<()> {
-        self.engine.set_dirty_log(slot, enabled).map_err(errors::config)
+        self.engine.set_dirty_log(slot, enabled).map_err(errors::config)?;
+        if let Some(nested) = &mut self.nested {
+            nested.protected();
+        }
+        Ok(())
     }
 
     fn notifier_unmap(&mut self, gpa: u64, size: u64) -> PyResult<()> {
-        self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)
+        self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)?;
+        if let Some(nested) = &mut self.nested {
+            nested.unmapped(Gpa(gpa), size);
+        }
+        Ok(())
     }
 
     fn move_slot(&mut self, slot: u16, gpa: u64) -> PyResult<()> {
@@ -156,7 +174,11 @@ impl Vm {
 
     #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the list over by value")]
     fn clear_dirty_log(&mut self, slot: u16, frames: Vec<u64>) -> PyResult<()> {
-        self.engine.clear_dirty_log(slot, &frames).map_err(errors::config)
+        self.engine.clear_dirty_log(slot, &frames).map_err(errors::config)?;
+        if let Some(nested) = &mut self.nested {
+            nested.protected_frames(&frames);
+        }
+        Ok(())
     }
 
     fn notifier_change(&mut self, gpa: u64, size: u64) -> PyResult<()> {
@@ -229,7 +251,8 @@ impl Vm {
         let rows = slice(&rows)?;
         let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
         let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
-        let (engine, tlb, block) = (&mut self.engine, &mut self.tlb, &mut self.rows);
+        let (engine, block) = (&mut self.engine, &mut self.rows);
+        let mut beside = (&mut self.tlb, &mut self.nested);
         let totals = py.detach(|| {
             let mut options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
             let mut totals = RunTotals::default();
@@ -237,9 +260,9 @@ impl Vm {
                 block.clear();
                 block.extend_from_slice(part);
                 totals.add(&if outcomes {
-                    run_block(engine, tlb, block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
+                    run_block(engine, &mut beside, block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
                 } else {
-                    run_block(engine, tlb, block, &options, |_| {})?
+                    run_block(engine, &mut beside, block, &options, |_| {})?
                 });
                 options.first_row += BLOCK as u64;
             }
@@ -264,6 +287,26 @@ impl Vm {
         let made = sizes.map(|(entries, ways, walk)| ShadowTlb::new(vcpus, TlbSizes { entries, ways, walk }));
         self.tlb = made.transpose().map_err(errors::config)?;
         Ok(())
+    }
+
+    /// The guest runs under nested paging from now on: entries, ways, page-walk caches, nested TLB, warm, level.
+    fn set_nested(&mut self, setup: (usize, usize, [usize; 3], usize, bool, u8)) -> PyResult<()> {
+        if !self.engine.shadow().arena().live().is_empty() {
+            return Err(errors::refused("nested paging: the VM has run under the shadow already".into()));
+        }
+        let (entries, ways, walk, nested_tlb, warm, level) = setup;
+        let sizes = TlbSizes { entries, ways, walk };
+        let setup = NestedSetup { sizes, nested_tlb, warm, level: Level(level) };
+        self.nested = Some(Nested::new(self.engine.vcpus().len(), setup).map_err(errors::config)?);
+        Ok(())
+    }
+
+    /// The numbers of `NestedStatistics`; `None` under the shadow.
+    fn nested_counts(&self) -> Option<Vec<u64>> {
+        let c = self.nested.as_ref()?.counts();
+        let walks = [c.accesses, c.hits, c.misses, c.guest_references, c.host_references];
+        let exits = [c.stage_faults, c.dirty_faults, c.mmio_exits, c.other_exits, c.guest_faults];
+        Some([walks, exits].concat())
     }
 
     /// Accesses, hits, misses, references, flushes; `None` if no TLB is followed.
@@ -376,17 +419,18 @@ impl Vm {
     }
 }
 
-/// Runs rows, with the TLBs if they are followed.
+/// Runs rows, with the TLBs if they are followed, or under nested paging.
 fn run_block(
     engine: &mut Engine,
-    tlb: &mut Option<ShadowTlb>,
+    beside: &mut (&mut Option<ShadowTlb>, &mut Option<Nested>),
     rows: &[u8],
     options: &RunOptions<'_>,
     each: impl FnMut(&Outcome),
 ) -> Result<RunTotals, TraceError> {
-    match tlb {
-        Some(tlb) => tlb.run(engine, rows, options, each),
-        None => engine.run(rows, options, each),
+    match beside {
+        (_, Some(nested)) => nested.run(engine, rows, options, each),
+        (Some(tlb), None) => tlb.run(engine, rows, options, each),
+        (None, None) => engine.run(rows, options, each),
     }
 }
 

@@ -17,6 +17,7 @@ mod trace;
 pub use control::Control;
 pub use deliver::Delivery;
 pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
+pub(crate) use trace::{action_of, insn_of};
 
 use crate::config::{Config, MAX_MEMORY, MAX_VCPUS};
 use crate::counters::{VcpuCounters, VmCounters};

@@ -184,7 +184,7 @@ impl RunTotals {
     }
 
     #[inline]
-    pub(super) fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
+    pub(crate) fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
         self.by_status[outcome.status as usize] += 1;
         let faulted = outcome.status == Status::PageFault;
         if row.flags & FLAG_FAULTS == 0 && !faulted || action_of(row.op).is_none() {
@@ -231,7 +231,7 @@ fn plain_of(row: &Row, options: &RunOptions<'_>) -> Option<Plain> {
 /// Every flag of an access.
 const FLAGS: u8 = FLAG_USER | FLAG_AC | FLAG_MMIO | FLAG_IMPLICIT | FLAG_DELIVERY | FLAG_KEEP | FLAG_FAULTS;
 
-const fn action_of(op: OpCode) -> Option<Action> {
+pub(crate) const fn action_of(op: OpCode) -> Option<Action> {
     Some(match op {
         OpCode::Read => Action::Load,
         OpCode::Write | OpCode::Store => Action::Store,
@@ -246,7 +246,7 @@ const fn action_of(op: OpCode) -> Option<Action> {
     })
 }
 
-fn insn_of(row: &Row, action: Action, rip: Option<u64>) -> Result<Insn, String> {
+pub(crate) fn insn_of(row: &Row, action: Action, rip: Option<u64>) -> Result<Insn, String> {
     if row.flags & !FLAGS != 0 {
         return Err(format!("flags {:#x}: the bits {:#x} do not exist", row.flags, row.flags & !FLAGS));
     }

@@ -3,8 +3,10 @@
 //! Nothing here decides what an access does. With no TLB asked for, a VM does not come here at all.
 
 mod cache;
+mod nested;
 mod shadow;
 mod tlb;
 
+pub use nested::{Nested, NestedCounts, NestedSetup};
 pub use shadow::{ShadowTlb, TlbCounts};
 pub use tlb::{Tlb, TlbSizes, USUAL};

@@ -1,14 +1,11 @@
 //! The TLB of CPUs that run under shadow paging: they walk the shadow's tables, and KVM flushes them.
 
 use crate::engine::{RunOptions, RunTotals, Vm};
-use crate::error::{ConfigError, TraceError, refuse};
+use crate::error::{ConfigError, TraceError};
 use crate::ops::{OpCode, ROW_BYTES, Row};
 use crate::outcome::{Outcome, Status};
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::Gva;
-
-/// Lines of one cache; more is a mistake.
-const MAX_ENTRIES: usize = 1 << 20;
 
 /// What the CPUs' walks came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -38,13 +35,7 @@ impl ShadowTlb {
     /// # Errors
     /// Sizes that make no cache: ways that do not divide the entries, or far too many of them.
     pub fn new(vcpus: usize, sizes: TlbSizes) -> Result<Self, ConfigError> {
-        let TlbSizes { entries, ways, walk, .. } = sizes;
-        if entries > MAX_ENTRIES || walk.iter().any(|size| *size > MAX_ENTRIES) {
-            return refuse!("TLB: {entries} entries, page-walk caches of {walk:?}: the limit is {MAX_ENTRIES}");
-        }
-        if entries > 0 && (ways == 0 || !entries.is_multiple_of(ways)) {
-            return refuse!("TLB: {ways} ways do not divide {entries} entries");
-        }
+        sizes.check()?;
         Ok(Self { cpus: vec![Tlb::new(sizes); vcpus], counts: TlbCounts::default() })
     }
 

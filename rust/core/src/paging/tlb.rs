@@ -2,6 +2,7 @@
 //!
 //! This is a model of hardware, not of KVM: it decides how often tables are walked, never what an access does.
 
+use crate::error::{ConfigError, refuse};
 use crate::paging::cache::Cache;
 use crate::types::{Gva, Level};
 use rustc_hash::FxHashMap;
@@ -21,7 +22,25 @@ pub struct TlbSizes {
 /// entries (Barr, Cox and Rixner, ISCA 2010).
 pub const USUAL: TlbSizes = TlbSizes { entries: 1536, ways: 12, walk: [32, 4, 2] };
 
+/// Lines of one cache; more is a mistake.
+const MAX_ENTRIES: usize = 1 << 20;
+
 impl TlbSizes {
+    /// Refuses sizes that make no cache.
+    ///
+    /// # Errors
+    /// Ways that do not divide the entries, or far too many of them.
+    pub fn check(self) -> Result<(), ConfigError> {
+        let TlbSizes { entries, ways, walk } = self;
+        if entries > MAX_ENTRIES || walk.iter().any(|size| *size > MAX_ENTRIES) {
+            return refuse!("TLB: {entries} entries, page-walk caches of {walk:?}: the limit is {MAX_ENTRIES}");
+        }
+        if entries > 0 && (ways == 0 || !entries.is_multiple_of(ways)) {
+            return refuse!("TLB: {ways} ways do not divide {entries} entries");
+        }
+        Ok(())
+    }
+
     /// The same without caches that shorten a walk.
     #[must_use]
     pub const fn without_walk_caches(self) -> Self {
@@ -69,6 +88,7 @@ impl Spaces {
 pub struct Tlb {
     pages: Cache,
     walk: [Cache; 3],
+    nested: Cache,
     spaces: Spaces,
 }
 
@@ -76,8 +96,19 @@ impl Tlb {
     /// Empty caches.
     #[must_use]
     pub fn new(sizes: TlbSizes) -> Self {
+        Self::nested(sizes, 0)
+    }
+
+    /// The same with a nested TLB: second-stage translations of frames that hold guest tables.
+    #[must_use]
+    pub fn nested(sizes: TlbSizes, nested: usize) -> Self {
         let small = |entries: usize| Cache::new(entries, entries);
-        Self { pages: Cache::new(sizes.entries, sizes.ways), walk: sizes.walk.map(small), spaces: Spaces::new() }
+        Self {
+            pages: Cache::new(sizes.entries, sizes.ways),
+            walk: sizes.walk.map(small),
+            nested: small(nested),
+            spaces: Spaces::new(),
+        }
     }
 
     /// A page's tag: its number at its size, with the size.
@@ -118,6 +149,15 @@ impl Tlb {
         Level(start.unwrap_or(top.0))
     }
 
+    /// Whether the second-stage translation of a unit of guest memory is kept; it is from now on.
+    pub fn nested_hit(&mut self, unit: u64) -> bool {
+        let hit = self.nested.get(unit, 0).is_some();
+        if !hit {
+            self.nested.put(unit, 0, 0);
+        }
+        hit
+    }
+
     /// INVLPG: the page's entries go, and all that shortens walks (SDM vol. 3 section 4.10.4.1).
     pub fn flush_page(&mut self, gva: Gva, pcid: u64) {
         let own = self.spaces.of(pcid);
@@ -137,6 +177,12 @@ impl Tlb {
     /// Everything of the guest's own translations, global pages too.
     pub fn flush_all(&mut self) {
         self.spaces.flush_all();
+    }
+
+    /// Everything, second-stage translations too.
+    pub fn flush_nested(&mut self) {
+        self.flush_all();
+        self.nested.clear();
     }
 }
 

@@ -1,0 +1,111 @@
+"""Nested paging: the same guest, other costs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shadowkvm as sk
+from shadowkvm.pagetables import make_rows
+from shadowkvm.workloads import entries, get
+
+COMMON = ("fork_exit", "context_switch", "mmap_cycle", "jit_flip", "live_migration", "cow_storm")
+
+
+def guest() -> sk.Vm:
+    """Every page of the first 2 MiB maps the same frame."""
+    vm = sk.Vm(memory=32 << 20)
+    for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007}.items():
+        vm.write_memory(table, entry.to_bytes(8, "little"))
+    vm.write_memory(0x4000, np.full(512, 0x10067, "<u8"))
+    vm.vcpus[0].set_sregs(cr3=0x1000)
+    return vm
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in entries()])
+def test_every_workload_sees_what_its_own_tables_say(name: str) -> None:
+    scenario = get(name).build(scale=0.02)
+    vm = scenario.vm()
+    vm.use_nested()
+    result = scenario.run(vm)
+    assert result.mismatches == 0
+    assert not vm.shadow().pages
+    assert vm.nested is not None
+    assert vm.nested.accesses == vm.nested.hits + vm.nested.misses > 0
+    assert vm.nested.misses <= vm.nested.guest_references + vm.nested.host_references <= 24 * vm.nested.misses
+    assert vm.nested.guest_faults >= sum(phase.guest_faults for phase in result.phases.values())
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_memory_comes_to_the_same_as_under_the_shadow(name: str) -> None:
+    scenario = get(name).build(scale=0.02)
+    nested, shadow = scenario.vm(), scenario.vm()
+    nested.use_nested()
+    scenario.run(nested)
+    scenario.run(shadow)
+    size = scenario.memory
+    mine, other = (np.frombuffer(vm.read_memory(0, size), "<u8") for vm in (nested, shadow))
+    # A and D may be set at other moments: a prefetched entry needs no walk of the guest's.
+    assert ((mine ^ other) & ~np.uint64(0x60) == 0).all()
+
+
+def test_a_cold_second_stage_faults_once_a_page_and_a_warm_one_never() -> None:
+    pages = make_rows(sk.Op.READ, np.tile(np.arange(64) << 12, 3))
+    exits = {}
+    for warm in (False, True):
+        vm = guest()
+        vm.use_nested(warm=warm)
+        vm.run(pages)
+        assert vm.nested is not None
+        exits[warm] = vm.nested.exits
+    assert exits == {False: 5, True: 0}  # four tables, and the frame that all pages map
+    scenario = get("mmap_cycle").build(scale=0.05)
+    small, large = scenario.vm(), scenario.vm()
+    small.use_nested()
+    large.use_nested(page_size=2 << 20)
+    scenario.run(small)
+    scenario.run(large)
+    assert small.nested is not None
+    assert large.nested is not None
+    assert small.nested.stage_faults > 20 * large.nested.stage_faults > 0
+
+
+def test_dropped_pages_fault_again() -> None:
+    vm = guest()
+    vm.use_nested(warm=True)
+    read = make_rows(sk.Op.READ, [0])
+    vm.run(read)
+    vm.notifier_unmap(0x10000, 0x1000)
+    vm.run(read)
+    assert vm.nested is not None
+    assert vm.nested.stage_faults == 1
+
+
+def test_single_instructions_and_late_changes_are_refused() -> None:
+    vm = guest()
+    vm.use_nested()
+    with pytest.raises(sk.ConfigError, match=r"by Vm\.run only"):
+        vm.vcpus[0].read(0)
+    assert copy.copy(vm).nested is None
+    late = guest()
+    late.vcpus[0].read(0)
+    with pytest.raises(sk.ConfigError, match="has run under the shadow already"):
+        late.use_nested()
+
+
+@pytest.mark.parametrize(
+    ("setup", "text"),
+    [
+        ({"page_size": 8192}, "page_size 8192"),
+        ({"ways": 7}, "7 ways do not divide"),
+        ({"nested_tlb": -1}, "nested_tlb"),
+    ],
+)
+def test_impossible_setups_are_refused(setup: dict[str, Any], text: str) -> None:
+    vm = guest()
+    with pytest.raises(sk.ConfigError, match=text):
+        vm.use_nested(**setup)
+    assert vm.nested is None
