@@ -385,9 +385,9 @@ class Vm(_Vm):
         """Run the guest under nested paging (AMD NPT, Intel EPT) instead of the shadow, from now to the end.
 
         `run` then does to the guest what it does under the shadow: the same values, the same faults of its own, the
-        same memory. But no table is shadowed: CR3 loads, INVLPG and the guest's faults do not exit, the second stage does.
-        `nested` has what was counted. A vCPU's single instructions are refused; a snapshot or a copy is of the memory
-        and the registers, and is under the shadow.
+        same memory. But no table is shadowed: CR3 loads, INVLPG and the guest's faults do not exit, the second stage
+        does. `nested` has what was counted. A vCPU's single instructions are refused; a snapshot or a copy is of the
+        memory and the registers, and is under the shadow.
 
         Args:
             warm: the second stage maps everything already. A cold one faults once for each page that is touched, guest
