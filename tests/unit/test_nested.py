@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,6 @@ from shadowkvm.pagetables import make_rows
 from shadowkvm.workloads import entries, get
 
 COMMON = ("fork_exit", "context_switch", "mmap_cycle", "jit_flip", "live_migration", "cow_storm")
-
-
-def guest() -> sk.Vm:
-    """Every page of the first 2 MiB maps the same frame."""
-    vm = sk.Vm(memory=32 << 20)
-    for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007}.items():
-        vm.write_memory(table, entry.to_bytes(8, "little"))
-    vm.write_memory(0x4000, np.full(512, 0x10067, "<u8"))
-    vm.vcpus[0].set_sregs(cr3=0x1000)
-    return vm
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in entries()])
@@ -52,11 +43,11 @@ def test_memory_comes_to_the_same_as_under_the_shadow(name: str) -> None:
     assert ((mine ^ other) & ~np.uint64(0x60) == 0).all()
 
 
-def test_a_cold_second_stage_faults_once_a_page_and_a_warm_one_never() -> None:
+def test_a_cold_second_stage_faults_once_a_page_and_a_warm_one_never(one_frame_guest: Callable[[], sk.Vm]) -> None:
     pages = make_rows(sk.Op.READ, np.tile(np.arange(64) << 12, 3))
     exits = {}
     for warm in (False, True):
-        vm = guest()
+        vm = one_frame_guest()
         vm.use_nested(warm=warm)
         vm.run(pages)
         assert vm.nested is not None
@@ -73,8 +64,8 @@ def test_a_cold_second_stage_faults_once_a_page_and_a_warm_one_never() -> None:
     assert small.nested.stage_faults > 20 * large.nested.stage_faults > 0
 
 
-def test_dropped_pages_fault_again() -> None:
-    vm = guest()
+def test_dropped_pages_fault_again(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     vm.use_nested(warm=True)
     read = make_rows(sk.Op.READ, [0])
     vm.run(read)
@@ -84,13 +75,13 @@ def test_dropped_pages_fault_again() -> None:
     assert vm.nested.stage_faults == 1
 
 
-def test_single_instructions_and_late_changes_are_refused() -> None:
-    vm = guest()
+def test_single_instructions_and_late_changes_are_refused(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     vm.use_nested()
     with pytest.raises(sk.ConfigError, match=r"by Vm\.run only"):
         vm.vcpus[0].read(0)
     assert copy.copy(vm).nested is None
-    late = guest()
+    late = one_frame_guest()
     late.vcpus[0].read(0)
     with pytest.raises(sk.ConfigError, match="has run under the shadow already"):
         late.use_nested()
@@ -104,8 +95,8 @@ def test_single_instructions_and_late_changes_are_refused() -> None:
         ({"nested_tlb": -1}, "nested_tlb"),
     ],
 )
-def test_impossible_setups_are_refused(setup: dict[str, Any], text: str) -> None:
-    vm = guest()
+def test_impossible_setups_are_refused(setup: dict[str, Any], text: str, one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     with pytest.raises(sk.ConfigError, match=text):
         vm.use_nested(**setup)
     assert vm.nested is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,8 @@ from shadowkvm.pagetables import make_rows
 from shadowkvm.workloads import get
 
 
-def guest() -> sk.Vm:
-    """Every page of the first 2 MiB maps the same frame."""
-    vm = sk.Vm(memory=32 << 20)
-    for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007}.items():
-        vm.write_memory(table, entry.to_bytes(8, "little"))
-    vm.write_memory(0x4000, np.full(512, 0x10067, "<u8"))
-    vm.vcpus[0].set_sregs(cr3=0x1000)
-    return vm
-
-
-def test_nothing_is_counted_unless_asked_for() -> None:
-    vm = guest()
+def test_nothing_is_counted_unless_asked_for(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     assert vm.tlb is None
     vm.follow_tlb()
     assert vm.tlb == (0, 0, 0, 0, 0)
@@ -33,8 +24,8 @@ def test_nothing_is_counted_unless_asked_for() -> None:
     assert vm.tlb is None
 
 
-def test_a_pass_over_more_pages_than_entries_misses_always() -> None:
-    vm = guest()
+def test_a_pass_over_more_pages_than_entries_misses_always(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     pages = make_rows(sk.Op.READ, np.tile(np.arange(64) << 12, 3))
     for entries, misses in ((64, 64), (32, 192), (0, 192)):
         vm.follow_tlb(entries=entries, ways=None if entries else 1, walk_caches=None)
@@ -43,8 +34,8 @@ def test_a_pass_over_more_pages_than_entries_misses_always() -> None:
         assert (vm.tlb.accesses, vm.tlb.misses, vm.tlb.references) == (192, misses, 4 * misses)
 
 
-def test_a_cr3_load_empties_it_and_invlpg_takes_one_page() -> None:
-    vm = guest()
+def test_a_cr3_load_empties_it_and_invlpg_takes_one_page(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     vm.follow_tlb()
     touch = make_rows(sk.Op.READ, np.arange(8) << 12)
     vm.run(np.concatenate((touch, make_rows([sk.Op.CR3], value=[0x1000]), touch)))
@@ -72,8 +63,8 @@ def test_a_workload_comes_to_the_same_with_it(name: str) -> None:
     assert followed.tlb.flushes <= followed.counters["tlb_flush"]
 
 
-def test_copies_and_snapshots_hold_none() -> None:
-    vm = guest()
+def test_copies_and_snapshots_hold_none(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
     vm.follow_tlb()
     vm.run(make_rows(sk.Op.READ, [0]))
     assert copy.copy(vm).tlb is None
@@ -91,8 +82,10 @@ def test_copies_and_snapshots_hold_none() -> None:
         ({"entries": -1}, "entries"),
     ],
 )
-def test_impossible_sizes_are_refused_and_change_nothing(sizes: dict[str, Any], text: str) -> None:
-    vm = guest()
+def test_impossible_sizes_are_refused_and_change_nothing(
+    sizes: dict[str, Any], text: str, one_frame_guest: Callable[[], sk.Vm]
+) -> None:
+    vm = one_frame_guest()
     vm.follow_tlb()
     with pytest.raises(sk.ConfigError, match=text):
         vm.follow_tlb(**sizes)

@@ -5,6 +5,8 @@
 mod cache;
 mod nested;
 mod shadow;
+#[cfg(test)]
+mod testing;
 mod tlb;
 
 pub use nested::{Nested, NestedCounts, NestedSetup};

@@ -121,36 +121,11 @@ impl ShadowTlb {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
-    use crate::cpu::Registers;
+    use crate::paging::testing::{guest, row};
     use crate::paging::tlb::USUAL;
-    use crate::policy::Kvm;
-    use crate::types::Gpa;
-
-    /// A guest whose pages 0 to 7 at gva 0 are frames 16 to 23.
-    fn guest() -> Vm {
-        let mut vm = Vm::new(16 << 20, 1, Config::default(), Box::new(Kvm), 0).unwrap();
-        for (gpa, entry) in [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007)] {
-            vm.write_memory(Gpa(gpa), &u64::to_le_bytes(entry)).unwrap();
-        }
-        for page in 0..8 {
-            vm.write_memory(Gpa(0x4000 + 8 * page), &(0x10007 + (page << 12)).to_le_bytes()).unwrap();
-        }
-        vm.set_sregs(0, Registers { cr3: 0x1000, ..Registers::default() }).unwrap();
-        vm
-    }
 
     fn rows(ops: &[(OpCode, u64, u64)]) -> Vec<u8> {
-        let row = |(op, addr, value): &(OpCode, u64, u64)| Row {
-            op: *op,
-            size: 8,
-            flags: 0,
-            vcpu: 0,
-            site: 0,
-            addr: *addr,
-            value: *value,
-        };
-        ops.iter().flat_map(|op| row(op).encode()).collect()
+        ops.iter().flat_map(|(op, addr, value)| row(*op, *addr, *value).encode()).collect()
     }
 
     fn counts(sizes: TlbSizes, ops: &[(OpCode, u64, u64)]) -> TlbCounts {
