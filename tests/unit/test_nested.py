@@ -100,3 +100,14 @@ def test_impossible_setups_are_refused(setup: dict[str, Any], text: str, one_fra
     with pytest.raises(sk.ConfigError, match=text):
         vm.use_nested(**setup)
     assert vm.nested is None
+
+
+def test_a_slot_of_any_size_comes_and_goes_at_once(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    for warm in (False, True):
+        vm = one_frame_guest()
+        vm.use_nested(warm=warm)
+        vm.add_slot(1, 1 << 40, 1 << 41)
+        vm.run(make_rows(sk.Op.READ, [0]))
+        vm.delete_slot(1)
+        assert vm.nested is not None
+        assert vm.nested.stage_faults == (0 if warm else 5)

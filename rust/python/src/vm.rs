@@ -131,7 +131,7 @@ impl Vm {
     fn add_slot(&mut self, slot: u16, gpa: u64, size: u64, readonly: bool, dirty_log: bool) -> PyResult<()> {
         self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)?;
         if let Some(nested) = &mut self.nested {
-            nested.unmapped(Gpa(gpa), size);
+            nested.added(Gpa(gpa), size);
         }
         Ok(())
     }

@@ -129,15 +129,28 @@ impl Nested {
 
     /// The host dropped pages.
     pub fn unmapped(&mut self, gpa: Gpa, size: u64) {
-        for gfn in gpa.gfn().0..gpa.gfn().0 + (size >> 12) {
-            let unit = self.stage.unit(Gfn(gfn));
-            if self.stage.warm {
-                self.stage.changed.insert(unit);
-            } else {
-                self.stage.changed.remove(&unit);
-            }
-            self.stage.writable.remove(&gfn);
+        let (first, end) = (gpa.gfn().0, gpa.gfn().0 + (size >> 12));
+        if self.stage.warm {
+            let units = self.stage.unit(Gfn(first))..=self.stage.unit(Gfn(end - 1));
+            self.stage.changed.extend(units);
         }
+        self.forget(first, end);
+    }
+
+    /// A slot was added: a cold second stage does not map it, a warm one maps whatever there is.
+    pub fn added(&mut self, gpa: Gpa, size: u64) {
+        self.forget(gpa.gfn().0, gpa.gfn().0 + (size >> 12));
+    }
+
+    /// What a cold second stage maps of frames goes, and what their log let be written. It looks at what is there, since
+    /// a range may be of any size.
+    fn forget(&mut self, first: u64, end: u64) {
+        let Stage { level, warm, changed, writable } = &mut self.stage;
+        let shift = 9 * (level.0 - 1);
+        if !*warm {
+            changed.retain(|unit| (unit + 1) << shift <= first || unit << shift >= end);
+        }
+        writable.retain(|gfn| !(first..end).contains(gfn));
         self.flush();
     }
 
@@ -217,7 +230,7 @@ impl Nested {
                     OpCode::Unmap => self.unmapped(Gpa(row.addr), row.value),
                     OpCode::GetDirtyLog => self.log_was_read(vm),
                     OpCode::SetDirtyLog => self.protected(),
-                    OpCode::SlotAdd => self.unmapped(Gpa(row.addr), row.value),
+                    OpCode::SlotAdd => self.added(Gpa(row.addr), row.value),
                     _ => {}
                 }
                 return Ok(outcome);
