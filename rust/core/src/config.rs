@@ -1,7 +1,9 @@
 //! KVM's constants, the CPU profiles and the limits of the engine.
 
 use crate::error::{ConfigError, refuse};
-use crate::kernel::{Kernel, LINUX_6_1};
+use crate::kernel::{Kernel, LINUX_6_1, Name};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Entries around a faulting one that are prefetched with it (`PTE_PREFETCH_NUM`).
 pub const PREFETCH: usize = 8;
@@ -40,7 +42,7 @@ pub const MAXPHYADDR: std::ops::RangeInclusive<u32> = 36..=52;
 pub const MAX_MEMORY: u64 = 1 << 42;
 
 /// Who makes the CPU.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Vendor {
     /// AMD: bit 8 of entries of the two uppermost levels is reserved.
     Amd,
@@ -49,10 +51,11 @@ pub enum Vendor {
 }
 
 /// What the CPU and the guest's CPUID offer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CpuFeatures {
     /// The profile's name.
-    pub name: &'static str,
+    #[serde(deserialize_with = "profile_name")]
+    pub name: Name,
     /// The CPU tells the next RIP, so that skipping an instruction needs no decoding.
     pub nrips: bool,
     /// The CPU hands over instruction bytes and decoded CR and INVLPG operands.
@@ -76,6 +79,12 @@ pub struct CpuFeatures {
     pub vendor: Vendor,
     /// Guest physical address bits.
     pub maxphyaddr: u32,
+}
+
+/// The name of a profile, read by its bytes.
+fn profile_name<'de, D: Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
+    let name = <&str>::deserialize(from)?;
+    CpuFeatures::named(name).map(|cpu| cpu.name).map_err(D::Error::custom)
 }
 
 /// AMD Zen and later: all that hardware does.
@@ -176,7 +185,7 @@ impl CpuFeatures {
 }
 
 /// All settings of a VM that do not change while it runs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Config {
     /// What the CPU offers.
     pub cpu: CpuFeatures,

@@ -1,5 +1,7 @@
 //! KVM's statistics, as a table: scope, kind, name, meaning. Ours begin with `x_`.
 
+use serde::{Deserialize, Serialize};
+
 /// Who a counter belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Scope {
@@ -48,7 +50,7 @@ pub struct CounterInfo {
 macro_rules! counters {
     ($(#[$sdoc:meta])* $name:ident, $scope:ident: $($field:ident $kind:ident $doc:literal;)*) => {
         $(#[$sdoc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
         pub struct $name {
             $(#[doc = $doc] pub $field: u64,)*
         }

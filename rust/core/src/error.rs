@@ -35,6 +35,13 @@ pub struct TraceError {
 #[error("{}", .0.join("\n"))]
 pub struct InvariantError(pub Vec<String>);
 
+impl InvariantError {
+    /// Refuses with `text` unless something holds.
+    pub(crate) fn unless(holds: bool, text: &str) -> Result<(), Self> {
+        if holds { Ok(()) } else { Err(Self(vec![text.to_owned()])) }
+    }
+}
+
 /// Any refusal of a host request.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Error {

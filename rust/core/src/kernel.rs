@@ -3,12 +3,18 @@
 //! A rule's code reads a field; nothing compares versions. docs/kernels.md has the evidence for each field.
 
 use crate::error::{ConfigError, refuse};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// A name from a table. Read from elsewhere it is looked up there, so that it lives as long.
+pub type Name = &'static str;
 
 /// What the shadow MMU of one kernel series does where the series differ.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Kernel {
     /// The model's name, `model_version`.
-    pub name: &'static str,
+    #[serde(deserialize_with = "kernel_name")]
+    pub name: Name,
     /// Sync leaves an entry alone, A and D included, if its guest entry still names the same frame and rights. Without
     /// it the entry is built anew, which clears A, drops D and so asks for a flush (`FNAME(sync_spte)`).
     pub sync_keeps_unchanged: bool,
@@ -41,6 +47,12 @@ pub struct Kernel {
     pub nx_keeps_any_table: bool,
     /// A huge page that is split for execution counts as a split while paging is off, too (`direct_map`).
     pub nx_counts_unpaged: bool,
+}
+
+/// The name of a kernel, read by its bytes.
+fn kernel_name<'de, D: Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
+    let name = <&str>::deserialize(from)?;
+    Kernel::named(name).map(|kernel| kernel.name).map_err(D::Error::custom)
 }
 
 /// Linux 6.1, as Debian 12 has it.

@@ -4,7 +4,7 @@
 //! No I/O, no clock, no randomness, no Python. The arrows (left may never import right; checked by `tests/arrows.rs`):
 //!
 //! ```text
-//! types bits | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | image | shadow | hw | fault |
+//! types bits words | role | error outcome kernel config counters events ops | policy memory | mode | cpu | guest | image | shadow | hw | fault |
 //! engine audit | paging
 //! ```
 //!
@@ -33,3 +33,4 @@ pub mod policy;
 pub mod role;
 pub mod shadow;
 pub mod types;
+mod words;

@@ -3,10 +3,11 @@
 //! It lives below `events` because an event prints it; `shadow` makes and compares roles.
 
 use crate::types::{Access, Level};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// KVM's `kvm_mmu_page_role.word` (6.1), bit for bit.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Role(pub u32);
 
 const HAS_4_BYTE: u32 = 1 << 4;

@@ -1,5 +1,6 @@
 //! One newtype per address space, so that a guest frame number is never taken for a host one.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Bits of an address below the page frame number.
@@ -12,7 +13,7 @@ pub const ENTRIES: usize = 512;
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
         pub struct $name(pub u64);
 
         impl fmt::Debug for $name {
@@ -95,7 +96,7 @@ impl Gfn {
 }
 
 /// A level of a page table: 1 = page table (4 KiB), 2 = page directory (2 MiB), 3 = PDPT (1 GiB), 4 = PML4, 5 = PML5.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Level(pub u8);
 
 impl Level {
@@ -120,7 +121,7 @@ impl Level {
 }
 
 /// Access rights in the form that KVM keeps in page roles: X=1 (executable), W=2, U=4.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Access(pub u8);
 
 impl Access {
@@ -167,7 +168,7 @@ impl Access {
 }
 
 /// The index of a shadow page in the arena.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct PageId(pub u32);
 
 impl PageId {
@@ -179,7 +180,7 @@ impl PageId {
 }
 
 /// The place of one shadow entry: page and index. KVM's `sptep`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct SptePos(pub u32);
 
 impl SptePos {
@@ -197,7 +198,7 @@ impl SptePos {
 }
 
 /// The head of a list of shadow entries: empty, one entry, or a block of the pool in `shadow::rmap`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct RmapHead(pub u32);
 
 /// A page-fault error code (SDM vol. 3 section 4.7), with KVM's bit 48 for implicit accesses.

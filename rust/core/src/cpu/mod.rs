@@ -8,15 +8,16 @@ use crate::bits::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_ALWAYS, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
     CR4_SMEP, EFER_ALLOWED, EFER_LMA, EFER_LME, EFER_NX, PT_NX, PT_PS, bit_range,
 };
-use crate::config::{CpuFeatures, PREV_ROOTS, Vendor};
+use crate::config::{CpuFeatures, PREV_ROOTS, Vendor, ZEN};
 use crate::counters::VcpuCounters;
 use crate::error::{ConfigError, refuse};
 use crate::mode::Mode;
 use crate::role::Role;
 use crate::types::{Access, Gfn, Gva, Level, PageId};
+use serde::{Deserialize, Serialize};
 
 /// The control registers that decide paging.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Registers {
     /// CR0.
     pub cr0: u64,
@@ -176,6 +177,11 @@ impl CpuRole {
         role
     }
 
+    /// Of a state that was just read, until its registers give another.
+    fn unread() -> Self {
+        Self::of(&Registers::default(), &ZEN)
+    }
+
     /// The same with EFER.NX on.
     #[must_use]
     pub fn with_nx(self) -> Self {
@@ -226,7 +232,7 @@ pub const fn pdpte_reserved(cpu: &CpuFeatures) -> u64 {
 }
 
 /// The shadow's root tables.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum Top {
     /// No root is loaded.
     #[default]
@@ -240,7 +246,7 @@ pub enum Top {
 }
 
 /// One root of the shadow tables, and the CR3 value it was loaded for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Root {
     /// Its tables.
     pub top: Top,
@@ -289,7 +295,7 @@ impl Root {
 }
 
 /// The last MMIO access of a vCPU (`vcpu->arch.mmio_gva` and its neighbours, 6.1).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct MmioCache {
     /// The page's address, 0 = none.
     pub gva: u64,
@@ -308,7 +314,7 @@ macro_rules! requests {
 }
 
 /// Requests that are served when the vCPU enters the guest (`KVM_REQ_*`, 6.1).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Requests(pub u8);
 
 requests! {
@@ -343,13 +349,14 @@ impl Requests {
 }
 
 /// One virtual CPU.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Vcpu {
     /// Its number.
     pub id: u8,
     /// Control registers.
     pub regs: Registers,
-    /// What they mean for guest walks.
+    /// What they mean for guest walks; not part of the state, since the registers give it.
+    #[serde(skip, default = "CpuRole::unread")]
     pub role: CpuRole,
     /// The PDPTE registers, as the last load of CR3 (or of paging) read them.
     pub pdptes: [u64; 4],

@@ -11,11 +11,13 @@ mod notifier;
 mod plain;
 mod registers;
 mod rows;
+mod saved;
 mod state;
 mod trace;
 
 pub use control::Control;
 pub use deliver::Delivery;
+pub use saved::SavedVm;
 pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
 pub(crate) use trace::{action_of, insn_of};
 
@@ -30,13 +32,15 @@ use crate::memory::Memory;
 use crate::policy::{Decisions, Policy};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Gpa, PAGE_SIZE};
+use serde::Serialize;
 
 /// A virtual machine under the shadow MMU. A clone goes on by itself from where this one is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Vm {
     pub(crate) shadow: Shadow,
     pub(crate) vcpus: Vec<Vcpu>,
-    /// What each vCPU remembers.
+    /// What each vCPU remembers; not part of the state, since it changes nothing but the time that a fault takes.
+    #[serde(skip)]
     pub(crate) ways: Vec<Ways>,
     /// Addresses of instructions, by the `site` of a trace's rows; entry 0 stands for "none".
     sites: Vec<u64>,

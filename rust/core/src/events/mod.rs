@@ -6,11 +6,12 @@ mod text;
 
 use crate::outcome::RetPf;
 use crate::types::{Access, ErrorCode, Gpa, Gva};
+use serde::{Deserialize, Serialize};
 
 macro_rules! events {
     ($($code:literal $name:ident $text:literal $doc:literal;)*) => {
         /// The kind of an event: one of the kernel's tracepoints.
-        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
         #[repr(u8)]
         pub enum EventKind {
             $(#[doc = $doc] $name = $code,)*
@@ -66,7 +67,7 @@ pub const EXIT_REASONS: &[&str] =
     &["PF excp", "hlt", "io", "write_cr0", "cr0_sel_write", "write_cr3", "write_cr4", "invlpg", "msr", "invpcid"];
 
 /// One event.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Event {
     /// Number of the operation that raised it, counted from 0 over the VM's life.
     pub op: u64,
@@ -104,7 +105,7 @@ pub struct PageText {
 }
 
 /// Records the kinds that were asked for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct EventLog {
     mask: u32,
     /// The operation under way.

@@ -2,6 +2,8 @@
 
 use crate::memory::HostState;
 use crate::types::{ENTRIES, Gfn};
+use crate::words::Word;
+use serde::{Deserialize, Serialize};
 
 /// Frames of one region: 2 MiB.
 const REGION_SHIFT: u32 = 9;
@@ -11,8 +13,18 @@ const ABSENT: u32 = 0;
 const WRITABLE: u32 = 1;
 
 /// One guest frame: the state of its page, and the number of its contents in the pool; 0 is the page of zeros.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Frame(u32);
+
+impl Word for Frame {
+    fn word(self) -> u64 {
+        self.0.into()
+    }
+
+    fn of(word: u64) -> Self {
+        Self(word as u32)
+    }
+}
 
 impl Frame {
     const fn new(state: HostState, page: u32) -> Self {
@@ -63,10 +75,12 @@ impl Frame {
 pub(super) type Region = [Frame; ENTRIES];
 
 /// All frames. Numbers instead of pointers: an untouched part is the number of a region that many share.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Frames {
     /// The number of each region.
+    #[serde(with = "crate::words::list")]
     map: Vec<u32>,
+    #[serde(with = "crate::words::tables")]
     regions: Vec<Region>,
 }
 
@@ -128,6 +142,16 @@ impl Frames {
             *number = self.regions.len() as u32 - 1;
         }
         &mut self.regions[*number as usize]
+    }
+
+    /// Whether every frame has contents below `pages`, and the map leads to regions that are there.
+    pub(super) fn leads_below(&self, pages: usize) -> bool {
+        let begun = self.regions.first_chunk().is_some_and(|[absent, writable]| {
+            let all = |region: &Region, state| region.iter().all(|frame| *frame == Frame::new(state, 0));
+            all(absent, HostState::Absent) && all(writable, HostState::Writable)
+        });
+        let mapped = self.map.iter().all(|number| (*number as usize) < self.regions.len());
+        begun && mapped && self.regions.iter().flatten().all(|frame| (frame.page() as usize) < pages)
     }
 
     /// The frames of the regions that have something of their own.

@@ -1,7 +1,10 @@
 //! The host's side of guest memory: contents and state of each page. Only pages that were written take room.
 
+mod bounds;
+
 use crate::memory::frames::{Frames, Region};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
+use serde::{Deserialize, Serialize};
 
 /// What the host has behind a guest frame. It decides prefetch, writability and whether a write raises a notifier.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,10 +55,11 @@ type Page = [u64; ENTRIES];
 pub struct Contents(u32);
 
 /// All of the host's pages, by guest frame.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Host {
     frames: Frames,
     /// Contents; the first is the page of zeros, which stands for all that hold nothing.
+    #[serde(with = "crate::words::tables")]
     pages: Vec<Page>,
     free: Vec<u32>,
     /// Frames below this one begin writable, all others absent.

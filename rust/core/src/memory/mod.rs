@@ -11,11 +11,12 @@ pub use host::{Contents, Host, HostState};
 pub use slot::{Slot, SlotFrame, SlotRegion};
 
 use crate::config::{ADDRESS_SPACES, MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
-use crate::error::{ConfigError, refuse};
+use crate::error::{ConfigError, InvariantError, refuse};
 use crate::types::{Access, ENTRIES, Gfn, Gpa, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
 
 /// How the log is read (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct ManualDirty {
     /// Reading leaves the log and the write protection as they are; `clear_dirty_log` does both.
     pub enabled: bool,
@@ -64,7 +65,7 @@ impl Near<'_> {
 }
 
 /// Memslots and the host's pages.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Memory {
     /// The host's pages.
     pub host: Host,
@@ -89,6 +90,19 @@ impl Memory {
     #[must_use]
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// Refuses slots that cannot be, and numbers that lead to nothing.
+    pub(crate) fn check_bounds(&self) -> Result<(), InvariantError> {
+        let unless = InvariantError::unless;
+        self.slots.iter().try_for_each(Slot::check_bounds)?;
+        let apart = self.slots.windows(2).all(|pair| pair[0].base.0 + pair[0].pages <= pair[1].base.0);
+        unless(apart, "memslots that overlap or are out of order")?;
+        let mut ids: Vec<_> = self.slots.iter().map(|slot| slot.id).collect();
+        ids.sort_unstable();
+        unless(ids.windows(2).all(|pair| pair[0] < pair[1]), "two memslots of one number")?;
+        unless(self.ways_epoch > 0, "an epoch that never was")?;
+        self.host.check_bounds()
     }
 
     /// The slot that holds a frame.

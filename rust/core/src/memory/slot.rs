@@ -1,6 +1,10 @@
 //! One memslot: its range, its dirty bitmap, and the per-frame bookkeeping that KVM keeps with it.
 
+mod bounds;
+
 use crate::types::{ENTRIES, Gfn, Level, RmapHead};
+use crate::words::Word;
+use serde::{Deserialize, Serialize};
 
 /// The bookkeeping of one frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -13,10 +17,21 @@ pub struct SlotFrame {
     pub tables: u16,
 }
 
+impl Word for SlotFrame {
+    fn word(self) -> u64 {
+        u64::from(self.rmap.0) | u64::from(self.track) << 32 | u64::from(self.tables) << 48
+    }
+
+    fn of(word: u64) -> Self {
+        Self { rmap: RmapHead(word as u32), track: (word >> 32) as u16, tables: (word >> 48) as u16 }
+    }
+}
+
 /// The bookkeeping of 512 frames, made when the first of them needs it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SlotRegion {
     /// Of each frame.
+    #[serde(with = "crate::words::table")]
     pub frames: [SlotFrame; ENTRIES],
     /// Leaf entries of level 2 that map the region.
     pub rmap_2m: RmapHead,
@@ -32,7 +47,7 @@ impl SlotRegion {
 }
 
 /// One memslot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Slot {
     /// The slot's number.
     pub id: u16,
@@ -43,7 +58,9 @@ pub struct Slot {
     /// Guest writes exit as MMIO.
     pub readonly: bool,
     /// One bit a frame while dirty logging is on.
+    #[serde(with = "crate::words::maybe_list")]
     dirty: Option<Vec<u64>>,
+    #[serde(with = "crate::words::sparse")]
     regions: Vec<Option<Box<SlotRegion>>>,
     /// Per 1 GiB: leaf entries of level 3, and how many shadow pages forbid one.
     giant: Vec<(RmapHead, u32)>,
@@ -53,16 +70,14 @@ impl Slot {
     /// A slot without bookkeeping yet.
     #[must_use]
     pub fn new(id: u16, base: Gfn, pages: u64, readonly: bool) -> Self {
-        let last = base.0 + pages - 1;
-        let count = |shift: u32| ((last >> shift) - (base.0 >> shift) + 1) as usize;
         Self {
             id,
             base,
             pages,
             readonly,
             dirty: None,
-            regions: vec![None; count(9)],
-            giant: vec![(RmapHead::default(), 0); count(18)],
+            regions: vec![None; parts(base, pages, 9)],
+            giant: vec![(RmapHead::default(), 0); parts(base, pages, 18)],
         }
     }
 
@@ -282,6 +297,12 @@ impl Slot {
             .map(move |(i, (head, _))| (Gfn((giant_first + i as u64) << 18), Level::PDPT, *head));
         small.chain(giant).filter(|(_, _, head)| head.0 != 0)
     }
+}
+
+/// How many aligned parts of 2^`shift` frames a range touches.
+const fn parts(base: Gfn, pages: u64, shift: u32) -> usize {
+    let last = base.0 + pages - 1;
+    ((last >> shift) - (base.0 >> shift) + 1) as usize
 }
 
 #[inline]

@@ -1,7 +1,9 @@
 //! A cache of translations: set-associative, the least recently used way goes first.
 
+use serde::{Deserialize, Serialize};
+
 /// What a line is found by: which page (or table), and whose.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 struct Line {
     /// The tag, 0 = empty. Tags are moved by one so that none is 0.
     tag: u64,
@@ -12,7 +14,7 @@ struct Line {
 }
 
 /// A cache of `sets` times `ways` lines. One without lines holds nothing and misses always.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Cache {
     lines: Vec<Line>,
     ways: usize,
@@ -24,6 +26,11 @@ impl Cache {
     pub(super) fn new(entries: usize, ways: usize) -> Self {
         let sets = entries.checked_div(ways).unwrap_or(0);
         Self { lines: vec![Line::default(); sets * ways], ways, sets: sets as u64 }
+    }
+
+    /// Whether there are as many lines as sets and ways say; of a cache that was read.
+    pub(super) fn is_whole(&self) -> bool {
+        usize::try_from(self.sets).ok().and_then(|sets| sets.checked_mul(self.ways)) == Some(self.lines.len())
     }
 
     fn set(&mut self, tag: u64) -> &mut [Line] {

@@ -4,6 +4,7 @@
 
 mod cache;
 mod nested;
+mod saved;
 mod shadow;
 #[cfg(test)]
 mod testing;

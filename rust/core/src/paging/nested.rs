@@ -11,9 +11,11 @@ use crate::fault::insn::{Action, Insn};
 use crate::guest::walk::{GuestWalk, Walker, walk_addr};
 use crate::ops::{OpCode, ROW_BYTES, Row};
 use crate::outcome::{Outcome, Status};
+use crate::paging::saved::set_in_order;
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level};
 use rustc_hash::FxHashSet;
+use serde::{Deserialize, Serialize};
 
 /// CR3 bit 63: keep the TLB's entries.
 const CR3_NOFLUSH: u64 = 1 << 63;
@@ -35,7 +37,7 @@ pub struct NestedSetup {
 }
 
 /// What nested paging came to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct NestedCounts {
     /// Pages accessed by loads, stores and fetches that were carried out.
     pub accesses: u64,
@@ -60,13 +62,15 @@ pub struct NestedCounts {
 }
 
 /// The second stage.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Stage {
     level: Level,
     warm: bool,
     /// Units whose state is not that of the start: mapped in a cold one, gone in a warm one.
+    #[serde(serialize_with = "set_in_order")]
     changed: FxHashSet<u64>,
     /// Frames that the dirty log lets be written.
+    #[serde(serialize_with = "set_in_order")]
     writable: FxHashSet<u64>,
 }
 
@@ -99,7 +103,7 @@ impl Stage {
 }
 
 /// Nested paging for all vCPUs of a VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Nested {
     cpus: Vec<Tlb>,
     stage: Stage,
@@ -119,6 +123,14 @@ impl Nested {
         }
         let stage = Stage { level, warm, changed: FxHashSet::default(), writable: FxHashSet::default() };
         Ok(Self { cpus: vec![Tlb::nested(sizes, nested_tlb); vcpus], stage, counts: NestedCounts::default() })
+    }
+
+    pub(super) fn cpus(&self) -> &[Tlb] {
+        &self.cpus
+    }
+
+    pub(super) const fn level(&self) -> Level {
+        self.stage.level
     }
 
     /// What was counted so far.

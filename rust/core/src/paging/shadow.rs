@@ -6,9 +6,10 @@ use crate::ops::{OpCode, ROW_BYTES, Row};
 use crate::outcome::{Outcome, Status};
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::Gva;
+use serde::{Deserialize, Serialize};
 
 /// What the CPUs' walks came to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct TlbCounts {
     /// Pages accessed by loads, stores and fetches that were carried out.
     pub accesses: u64,
@@ -23,7 +24,7 @@ pub struct TlbCounts {
 }
 
 /// The TLBs of all vCPUs, and what they count.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ShadowTlb {
     cpus: Vec<Tlb>,
     counts: TlbCounts,
@@ -37,6 +38,10 @@ impl ShadowTlb {
     pub fn new(vcpus: usize, sizes: TlbSizes) -> Result<Self, ConfigError> {
         sizes.check()?;
         Ok(Self { cpus: vec![Tlb::new(sizes); vcpus], counts: TlbCounts::default() })
+    }
+
+    pub(super) fn cpus(&self) -> &[Tlb] {
+        &self.cpus
     }
 
     /// What was counted so far.

@@ -4,8 +4,10 @@
 
 use crate::error::{ConfigError, refuse};
 use crate::paging::cache::Cache;
+use crate::paging::saved::in_order;
 use crate::types::{Gva, Level};
 use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
 
 /// Sizes of the caches. A size of 0 is a cache that is not there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,8 +54,9 @@ impl TlbSizes {
 const WRITTEN: u32 = 1 << 8;
 
 /// Numbers for address spaces: a flush gives a space a new number, so that its entries are found no more.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Spaces {
+    #[serde(serialize_with = "in_order")]
     by_pcid: FxHashMap<u64, u32>,
     global: u32,
     next: u32,
@@ -84,7 +87,7 @@ impl Spaces {
 }
 
 /// The caches of one CPU.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Tlb {
     pages: Cache,
     walk: [Cache; 3],
@@ -109,6 +112,10 @@ impl Tlb {
             nested: small(nested),
             spaces: Spaces::new(),
         }
+    }
+
+    pub(super) fn caches(&self) -> impl Iterator<Item = &Cache> {
+        self.walk.iter().chain([&self.pages, &self.nested])
     }
 
     /// A page's tag: its number at its size, with the size.

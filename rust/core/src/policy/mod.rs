@@ -146,6 +146,13 @@ impl Clone for Decisions {
     }
 }
 
+impl Default for Decisions {
+    /// KVM's, for one vCPU.
+    fn default() -> Self {
+        Self::new(Box::new(Kvm), 1)
+    }
+}
+
 impl Decisions {
     /// The decisions of a policy for a VM with that many vCPUs.
     #[must_use]

@@ -24,6 +24,7 @@ use crate::types::{Gfn, PageId, SptePos};
 use page::Arena;
 pub(crate) use plain::Guest;
 use rmap::ListPool;
+use serde::{Deserialize, Serialize};
 use spte::Spte;
 use std::collections::VecDeque;
 
@@ -63,7 +64,7 @@ impl std::ops::Add for Flush {
 }
 
 /// The VM-wide half of the shadow MMU (what KVM keeps in `struct kvm`); the other half is [`crate::cpu::Vcpu`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Shadow {
     /// Guest memory and memslots.
     pub memory: Memory,
@@ -74,6 +75,7 @@ pub struct Shadow {
     /// Settings.
     pub config: Config,
     /// Decisions.
+    #[serde(skip)]
     pub policy: Decisions,
     pub(crate) arena: Arena,
     pub(crate) lists: ListPool,

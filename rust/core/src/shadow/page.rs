@@ -1,8 +1,11 @@
 //! Shadow pages and the arena that holds them: entries, shadowed translations, hash chains and the active list.
 
+mod bounds;
+
 use crate::role::Role;
 use crate::shadow::spte::Spte;
 use crate::types::{Access, ENTRIES, Gfn, Level, PageId, RmapHead, SptePos};
+use serde::{Deserialize, Serialize};
 
 /// Buckets of the hash of shadow pages (`KVM_NUM_MMU_PAGES`).
 const BUCKETS: usize = 1 << 12;
@@ -16,7 +19,7 @@ const FIRST_PAGES: usize = 64;
 pub type Bitmap = [u64; ENTRIES / 64];
 
 /// One shadow page (KVM's `struct kvm_mmu_page`), without its entries: those are in the arena.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Page {
     /// The guest frame whose table it shadows; for a direct page the first frame that it maps.
     pub gfn: Gfn,
@@ -45,6 +48,7 @@ pub struct Page {
     hash: [u32; 2],
     list: [u32; 2],
     /// The page that was zapped next, while both wait to be freed.
+    #[serde(skip)]
     pub(super) next_zapped: Option<PageId>,
 }
 
@@ -74,17 +78,21 @@ pub(super) struct PageMut<'a> {
 }
 
 /// All shadow pages of a VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Arena {
     pages: Vec<Page>,
     /// The entries of all pages, one page after the other; longer than `pages` so that growth is rare.
+    #[serde(with = "crate::words::list")]
     sptes: Vec<u64>,
     /// The frame and rights that an entry of a page with gptes was made from.
+    #[serde(with = "crate::words::list")]
     shadowed: Vec<u64>,
     /// How often links at each page, as a directory, were taken away: those to its tables, and that to itself. Apart from
     /// the rest, so that many fit into a cache.
+    #[serde(with = "crate::words::list")]
     unlinks: Vec<u32>,
     free: Vec<PageId>,
+    #[serde(with = "crate::words::list")]
     buckets: Vec<u32>,
     /// Newest and oldest page of the active list.
     newest: u32,

@@ -3,13 +3,16 @@
 //! As in KVM 6.1 (`pte_list_add` and neighbours) a head is empty, holds one entry itself, or names a chain of blocks
 //! of 14. A new entry goes to the end; a removed one is replaced by the last of its block.
 
+mod bounds;
+
 use crate::types::{RmapHead, SptePos};
+use serde::{Deserialize, Serialize};
 
 /// Entries of one block (`PTE_LIST_EXT`).
 const BLOCK: usize = 14;
 const NONE: u32 = u32::MAX;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Block {
     entries: [SptePos; BLOCK],
     len: u8,
@@ -17,7 +20,7 @@ struct Block {
 }
 
 /// The blocks of all lists of a VM.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ListPool {
     blocks: Vec<Block>,
     free: Vec<u32>,
