@@ -24,6 +24,7 @@ from shadowkvm.errors import (
     GuestMemoryError,
     InvariantError,
     PolicyError,
+    SavedStateError,
     ShadowKvmError,
     TraceError,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "Role",
     "Root",
     "RunResult",
+    "SavedStateError",
     "ShadowKvmError",
     "ShadowTree",
     "Snapshot",

@@ -11,6 +11,7 @@ __all__ = [
     "GuestMemoryError",
     "InvariantError",
     "PolicyError",
+    "SavedStateError",
     "ShadowKvmError",
     "TraceError",
 ]
@@ -62,6 +63,10 @@ class GuestMemoryError(ShadowKvmError, LookupError):
     def __init__(self, message: str, gpa: int | None = None) -> None:
         super().__init__(message)
         self.gpa = gpa
+
+
+class SavedStateError(ShadowKvmError, ValueError):
+    """A pickled `Vm` or `Snapshot` whose bytes are damaged, or were written by another version of shadowkvm."""
 
 
 class InvariantError(ShadowKvmError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Never, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from numpy.typing import NDArray
 
@@ -318,8 +318,26 @@ class Vm(_Vm):
         other.restore(self.snapshot())
         return other
 
-    def __reduce__(self) -> Never:
-        raise TypeError("a Vm cannot be pickled; copy.deepcopy and Vm.snapshot keep its state within the process")
+    def __reduce__(self) -> tuple[Callable[[type[Vm]], Vm], tuple[type[Vm]], tuple[Snapshot, dict[str, Any]]]:
+        """Pickle the whole state, followed TLBs and nested paging included; a policy in Python is pickled beside it.
+
+        The state is read by the version of shadowkvm that wrote it. As with every pickle, load none that comes from
+        somebody you do not trust.
+
+        >>> import pickle
+        >>> vm = Vm(memory=16 << 20)
+        >>> vm.write_memory(0x1000, b"changed")
+        >>> other = pickle.loads(pickle.dumps(vm))
+        >>> other.read_memory(0x1000, 7), other.state_hash() == vm.state_hash()
+        (b'changed', True)
+        """
+        # The state comes after the object, not as an argument of its making: a policy may know its VM.
+        return _fresh, (type(self),), (self.take_snapshot(beside=True), self.__dict__)
+
+    def __setstate__(self, state: tuple[Snapshot, dict[str, Any]]) -> None:
+        snapshot, named = state
+        self.go_back(snapshot, beside=True)
+        self.__dict__.update(named)
 
     def set_events(self, events: bool | Iterable[str]) -> None:
         """Choose anew what `events` records from now on: True, False, or names of tracepoints. What was recorded stays.
@@ -340,7 +358,8 @@ class Vm(_Vm):
         """Follow the vCPUs' TLBs through `run` from now on, beginning with empty ones; `tlb` has what was counted.
 
         A model of hardware beside the engine: nothing that an access does depends on it. KVM's flushes empty it,
-        INVLPG takes a page and the page-walk caches, PCIDs are kept apart. A snapshot or a copy holds none.
+        INVLPG takes a page and the page-walk caches, PCIDs are kept apart. A snapshot or a copy holds none,
+        a pickled VM does.
 
         Args:
             enabled: False stops it and forgets what was counted.
@@ -387,7 +406,7 @@ class Vm(_Vm):
         `run` then does to the guest what it does under the shadow: the same values, the same faults of its own, the
         same memory. But no table is shadowed: CR3 loads, INVLPG and the guest's faults do not exit, the second stage
         does. `nested` has what was counted. A vCPU's single instructions are refused; a snapshot or a copy is of the
-        memory and the registers, and is under the shadow.
+        memory and the registers, and is under the shadow; a pickled VM stays as it is.
 
         Args:
             warm: the second stage maps everything already. A cold one faults once for each page that is touched, guest
@@ -512,3 +531,8 @@ class Vm(_Vm):
         )
         names = f"policy {self._policy}, profile {self._profile}"
         return f"<Vm {size} {unit}, {len(self.vcpus)} vCPU, {names}, {self.counters['x_ops']:,} ops>"
+
+
+def _fresh(cls: type[Vm]) -> Vm:
+    """A VM of a class, to be given its state: without the arguments that a subclass may want."""
+    return _Vm.__new__(cls, 4096)

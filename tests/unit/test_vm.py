@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from typing import Any
 
 import numpy as np
@@ -263,12 +262,6 @@ def test_representations_are_one_line() -> None:
     assert repr(vm) == "<Vm 8 MiB, 1 vCPU, policy kvm, profile qemu-tcg, 0 ops>"
     assert repr(sk.Vm(4096)) == "<Vm 4 KiB, 1 vCPU, policy kvm, profile zen, 0 ops>"
     assert repr(vm.vcpus[0]) == "<vCPU 0>"
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_vm_is_not_pickled(protocol: int) -> None:
-    with pytest.raises(TypeError, match="cannot be pickled"):
-        pickle.dumps(guest(), protocol)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -8,6 +8,7 @@ mod python {
     pyo3::import_exception!(shadowkvm.errors, GuestMemoryError);
     pyo3::import_exception!(shadowkvm.errors, InvariantError);
     pyo3::import_exception!(shadowkvm.errors, PolicyError);
+    pyo3::import_exception!(shadowkvm.errors, SavedStateError);
     pyo3::import_exception!(shadowkvm.errors, TraceError);
 }
 
@@ -38,6 +39,11 @@ pub(crate) fn policy(py: Python<'_>, cause: PyErr) -> PyErr {
     let error = python::PolicyError::new_err(format!("the policy raised {}", cause.value(py)));
     error.set_cause(py, Some(cause));
     error
+}
+
+/// Bytes that are no saved state, or none that can be gone on from.
+pub(crate) fn saved_state(message: String) -> PyErr {
+    python::SavedStateError::new_err(message)
 }
 
 /// An invariant that does not hold.

@@ -5,6 +5,8 @@ mod errors;
 mod image;
 mod number;
 mod policy;
+mod saved;
+mod snapshot;
 mod tables;
 mod vcpu;
 mod vm;
@@ -15,7 +17,7 @@ use pyo3::prelude::*;
 #[pymodule(name = "_core", gil_used = false)]
 fn core_module(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vm::Vm>()?;
-    module.add_class::<vm::Snapshot>()?;
+    module.add_class::<snapshot::Snapshot>()?;
     module.add_class::<vcpu::Vcpu>()?;
     module.add_class::<vcpu::Outcome>()?;
     module.add_class::<image::Viewer>()?;

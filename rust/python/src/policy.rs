@@ -110,9 +110,31 @@ impl Policy for Object {
     }
 }
 
+/// What decides beside a built-in policy: the object, the methods that are asked, the rules that are otherwise.
+pub(crate) type Decider = (Py<PyAny>, Vec<String>, Py<PyDict>);
+
+/// A policy as Python describes it, kept to make it anew elsewhere.
+pub(crate) struct Source {
+    pub(crate) base: String,
+    pub(crate) decider: Option<Decider>,
+}
+
+impl Source {
+    /// The policy, and where it leaves its exception if it is one in Python.
+    pub(crate) fn make(&self, py: Python<'_>) -> PyResult<(Box<dyn Policy>, Option<Failure>)> {
+        match &self.decider {
+            Some((object, asks, rules)) => {
+                let (policy, failure) = from_python(object.clone_ref(py), &self.base, asks, rules.bind(py))?;
+                Ok((policy, Some(failure)))
+            }
+            None => Ok((builtin(&self.base).map_err(errors::config)?, None)),
+        }
+    }
+}
+
 /// The policy that a Python object describes: `base` names the built-in one that holds where it says nothing, `asks` the
 /// methods that are to be called, `rules` the rules that are otherwise.
-pub(crate) fn from_python(
+fn from_python(
     object: Py<PyAny>,
     base: &str,
     asks: &[String],

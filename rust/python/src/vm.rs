@@ -2,11 +2,12 @@
 
 use crate::buffer::slice;
 use crate::errors;
-use crate::policy::{Failure, from_python, raise};
+use crate::policy::{Decider, Failure, Source, raise};
+use crate::snapshot::Snapshot;
 use crate::vcpu::Vcpu;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, RunTotals, Vm as Engine};
@@ -16,9 +17,9 @@ use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
 use shadowkvm_core::paging::{Nested, NestedSetup, ShadowTlb, TlbSizes};
-use shadowkvm_core::policy::builtin;
 use shadowkvm_core::types::{Gpa, Level, PageId};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// What a run came to, as a tuple: see `_core.pyi`.
 type RunTuple<'py> = (Vec<u64>, u64, u64, u64, Option<u64>, Option<Bound<'py, pyo3::types::PyBytes>>);
@@ -31,29 +32,12 @@ pub(crate) struct Vm {
     rows: Vec<u8>,
     /// Where a policy in Python leaves its exception.
     pub(crate) failure: Option<Failure>,
+    /// What the policy was made of.
+    source: Arc<Source>,
     /// The TLBs that are followed, if they are.
     tlb: Option<ShadowTlb>,
     /// The guest runs under nested paging instead of the shadow.
     pub(crate) nested: Option<Nested>,
-}
-
-/// The state of a VM at one moment.
-#[pyclass(frozen, module = "shadowkvm._core")]
-pub(crate) struct Snapshot {
-    engine: Engine,
-    failure: Option<Failure>,
-}
-
-#[pymethods]
-impl Snapshot {
-    /// As `Vm.state_hash` gave it then.
-    fn state_hash(&self) -> u64 {
-        self.engine.state_hash()
-    }
-
-    fn __repr__(&self) -> String {
-        format!("<Snapshot {:#018x}>", self.engine.state_hash())
-    }
 }
 
 fn host_state(name: &str) -> PyResult<HostState> {
@@ -84,6 +68,7 @@ impl Vm {
     #[pyo3(signature = (memory, vcpus=1, policy="kvm", profile="zen", event_mask=0, nx_huge_pages=false, features=vec![],
                         model_version="linux-6.1", decider=None))]
     fn new(
+        py: Python<'_>,
         memory: u64,
         vcpus: usize,
         policy: &str,
@@ -92,23 +77,18 @@ impl Vm {
         nx_huge_pages: bool,
         features: Vec<(String, String)>,
         model_version: &str,
-        decider: Option<(Py<PyAny>, Vec<String>, Bound<'_, PyDict>)>,
+        decider: Option<Decider>,
     ) -> PyResult<Self> {
         let mut cpu = CpuFeatures::named(profile).map_err(errors::config)?;
         for (name, value) in features {
             cpu = cpu.with(&name, &value).map_err(errors::config)?;
         }
         let kernel = Kernel::named(model_version).map_err(errors::config)?;
-        let (policy, failure) = match decider {
-            Some((object, asks, rules)) => {
-                let (policy, failure) = from_python(object, policy, &asks, &rules)?;
-                (policy, Some(failure))
-            }
-            None => (builtin(policy).map_err(errors::config)?, None),
-        };
+        let source = Arc::new(Source { base: policy.to_owned(), decider });
+        let (policy, failure) = source.make(py)?;
         let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
-        Ok(Self { engine, rows: Vec::new(), failure, tlb: None, nested: None })
+        Ok(Self { engine, rows: Vec::new(), failure, source, tlb: None, nested: None })
     }
 
     /// Name of the kernel whose rules hold.
@@ -320,14 +300,25 @@ impl Vm {
         self.engine.set_events(mask)
     }
 
-    /// The whole state as it is now.
-    fn take_snapshot(&self) -> Snapshot {
-        Snapshot { engine: self.engine.clone(), failure: self.failure.clone() }
+    /// The whole state as it is now; `beside`: with the hardware that is followed, too.
+    #[pyo3(signature = (beside=false))]
+    fn take_snapshot(&self, beside: bool) -> Snapshot {
+        Snapshot {
+            engine: self.engine.clone(),
+            failure: self.failure.clone(),
+            source: self.source.clone(),
+            tlb: self.tlb.clone().filter(|_| beside),
+            nested: self.nested.clone().filter(|_| beside),
+        }
     }
 
-    /// Goes back (or over) to a state.
-    fn go_back(&mut self, snapshot: &Snapshot) -> PyResult<()> {
-        if snapshot.engine.vcpus().len() != self.engine.vcpus().len() {
+    /// Goes back (or over) to a state. `beside`: becomes the snapshot's VM, with its number of vCPUs and its hardware.
+    #[pyo3(signature = (snapshot, beside=false))]
+    fn go_back(&mut self, snapshot: &Snapshot, beside: bool) -> PyResult<()> {
+        if beside {
+            self.tlb.clone_from(&snapshot.tlb);
+            self.nested.clone_from(&snapshot.nested);
+        } else if snapshot.engine.vcpus().len() != self.engine.vcpus().len() {
             return Err(errors::refused(format!(
                 "the snapshot is of a VM with {} vCPUs, this one has {}",
                 snapshot.engine.vcpus().len(),
@@ -336,6 +327,7 @@ impl Vm {
         }
         self.engine = snapshot.engine.clone();
         self.failure.clone_from(&snapshot.failure);
+        self.source.clone_from(&snapshot.source);
         Ok(())
     }
 
