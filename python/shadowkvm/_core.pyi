@@ -17,6 +17,9 @@ PROFILES: Final[list[str]]
 STATUSES: Final[list[str]]
 # Oldest first. MODEL_VERSION: the default.
 MODEL_VERSIONS: Final[list[str]]
+# Entries, ways, page-walk caches.
+USUAL_TLB: Final[tuple[int, int, tuple[int, int, int]]]
+USUAL_NESTED_TLB: Final[int]
 MODEL_VERSION: Final[str]
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "POLICIES",
     "PROFILES",
     "STATUSES",
+    "USUAL_NESTED_TLB",
+    "USUAL_TLB",
     "Outcome",
     "PageView",
     "Snapshot",

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from shadowkvm._core import USUAL_TLB
 from shadowkvm.checks import integer
 from shadowkvm.errors import ConfigError
 
-__all__ = ["USUAL_WALK_CACHES", "TlbStatistics", "tlb_sizes"]
+__all__ = ["USUAL_ENTRIES", "USUAL_WALK_CACHES", "USUAL_WAYS", "TlbStatistics", "tlb_sizes"]
 
-USUAL_WALK_CACHES: Final = (32, 4, 2)
+USUAL_ENTRIES: Final = USUAL_TLB[0]
+"""Translations that a TLB holds, of any page size: the second level of Intel's Skylake."""
+
+USUAL_WAYS: Final = USUAL_TLB[1]
+"""Entries of a set."""
+
+USUAL_WALK_CACHES: Final = USUAL_TLB[2]
 """Entries of the page-walk caches that name tables of level 1, 2 and 3."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from numpy.typing import NDArray
 
 from shadowkvm import feed
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES, Snapshot
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES, USUAL_NESTED_TLB, Snapshot
 from shadowkvm._core import Vm as _Vm
 from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
@@ -17,7 +17,7 @@ from shadowkvm.nested import NestedStatistics, stage_level
 from shadowkvm.policy import Policy, described
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
-from shadowkvm.tlb import USUAL_WALK_CACHES, TlbStatistics, tlb_sizes
+from shadowkvm.tlb import USUAL_ENTRIES, USUAL_WALK_CACHES, USUAL_WAYS, TlbStatistics, tlb_sizes
 from shadowkvm.trace import Recording
 
 if TYPE_CHECKING:
@@ -351,8 +351,8 @@ class Vm(_Vm):
         self,
         enabled: bool = True,
         *,
-        entries: int = 1536,
-        ways: int | None = 12,
+        entries: int = USUAL_ENTRIES,
+        ways: int | None = USUAL_WAYS,
         walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
     ) -> None:
         """Follow the vCPUs' TLBs through `run` from now on, beginning with empty ones; `tlb` has what was counted.
@@ -396,10 +396,10 @@ class Vm(_Vm):
         *,
         warm: bool = False,
         page_size: int = 4096,
-        entries: int = 1536,
-        ways: int | None = 12,
+        entries: int = USUAL_ENTRIES,
+        ways: int | None = USUAL_WAYS,
         walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
-        nested_tlb: int = 16,
+        nested_tlb: int = USUAL_NESTED_TLB,
     ) -> None:
         """Run the guest under nested paging (AMD NPT, Intel EPT) instead of the shadow, from now to the end.
 

@@ -36,6 +36,9 @@ pub const CR0_CD: u64 = 1 << 30;
 /// CR0: paging.
 pub const CR0_PG: u64 = 1 << 31;
 
+/// CR3: with CR4.PCIDE, a load keeps the TLB's entries.
+pub const CR3_NOFLUSH: u64 = 1 << 63;
+
 /// CR4: 4 MiB pages in 32-bit paging.
 pub const CR4_PSE: u64 = 1 << 4;
 /// CR4: 8-byte entries.

@@ -48,7 +48,8 @@ const ONLY_FOR: &[(&str, &[&str])] = &[("guest::walk", &["guest", "fault", "pagi
 /// Of another module, a module may name no more than these parts.
 const NO_MORE_THAN: &[(&str, &str, &[&str])] = &[("shadow", "guest", &["mode", "gpte"])];
 
-/// The crates that core knows; of serde its traits and derives, for those who keep a state: no format. No Python, no I/O, no clock, no randomness: the dependencies are not there.
+/// The crates that core knows; of serde its traits and derives, for those who keep a state: no format. No Python, no I/O,
+/// no clock, no randomness: the dependencies are not there.
 const CRATES: &[&str] = &["std", "core", "alloc", "rustc_hash", "serde", "thiserror"];
 
 /// Parts of the standard library that would bring I/O, a clock, randomness or threads in by the back door.

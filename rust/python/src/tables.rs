@@ -8,9 +8,9 @@ use shadowkvm_core::events::{EVENTS, Event, EventKind};
 use shadowkvm_core::kernel::{KERNELS, LINUX_6_1};
 use shadowkvm_core::ops::OPS;
 use shadowkvm_core::outcome::Status;
+use shadowkvm_core::paging::{USUAL, USUAL_NESTED_TLB};
 use shadowkvm_core::policy::POLICIES;
 
-/// Adds the tables to the module.
 /// Packed records of 40 bytes, as the kernel prints them.
 #[pyfunction]
 fn event_text(records: &[u8]) -> PyResult<Vec<String>> {
@@ -31,6 +31,7 @@ fn event(record: &[u8; 40]) -> PyResult<Event> {
     Ok(Event { op, a, b, c, code: u32::from_le_bytes(code), kind: *kind, vcpu, level, flag })
 }
 
+/// Adds the tables to the module.
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let counters: Vec<_> = VmCounters::INFO
         .iter()
@@ -45,6 +46,8 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("POLICIES", policies)?;
     module.add("PROFILES", PROFILES.map(|p| p.name).to_vec())?;
     module.add("STATUSES", Status::ALL.map(Status::name).to_vec())?;
+    module.add("USUAL_TLB", (USUAL.entries, USUAL.ways, <(usize, usize, usize)>::from(USUAL.walk)))?;
+    module.add("USUAL_NESTED_TLB", USUAL_NESTED_TLB)?;
     module.add("MODEL_VERSIONS", KERNELS.map(|k| k.name).to_vec())?;
     module.add("MODEL_VERSION", LINUX_6_1.name)
 }

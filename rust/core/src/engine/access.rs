@@ -3,13 +3,14 @@
 use crate::config::MAX_RESUMES;
 use crate::cpu::CpuView;
 use crate::engine::Vm;
+use crate::engine::operand;
 use crate::engine::plain::Ran;
-use crate::fault::insn::{Action, Insn, mask, slice};
+use crate::fault::insn::{Action, Insn};
 use crate::fault::quick::Plain;
 use crate::fault::{After, Ctx, GuestFault};
 use crate::hw::walk::access;
 use crate::outcome::{Outcome, RetPf, Status};
-use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva};
+use crate::types::{AccessKind, ErrorCode, Gfn, Gva};
 
 /// Why the CPU did not finish an instruction.
 #[derive(Clone, Copy)]
@@ -184,15 +185,16 @@ impl Ctx<'_> {
             let load = insn.loading();
             let from = self.operand_pages(&load, AccessKind::Read, view)?;
             let to = self.operand_pages(insn, AccessKind::Write, view)?;
-            let value = self.load(&load, from);
-            self.store(insn, to, u128::from(value));
+            let host = &mut self.shadow.memory.host;
+            let value = operand::load(host, &load, from);
+            operand::store(host, insn, to, u128::from(value));
             return Ok(0);
         }
         let mut frames = [None; 2];
         for kind in insn.kinds(self.shadow.config.cpu.rmw_reads_first) {
             frames = self.operand_pages(insn, *kind, view)?;
         }
-        Ok(self.touch_memory(insn, frames))
+        Ok(operand::touch(&mut self.shadow.memory.host, insn, frames))
     }
 
     #[inline]
@@ -214,63 +216,5 @@ impl Ctx<'_> {
             code,
             operand,
         })
-    }
-
-    /// The load, store, or both: every page is there and allows it. `None` is the zero page.
-    #[inline]
-    fn touch_memory(&mut self, insn: &Insn, frames: [Option<Gfn>; 2]) -> u64 {
-        match insn.action {
-            Action::Fetch | Action::Copy => 0,
-            Action::Load => self.load(insn, frames),
-            Action::Store if insn.keep => 0,
-            Action::Store => {
-                self.store(insn, frames, insn.wide(insn.value));
-                0
-            }
-            Action::Rmw(_) => {
-                let old = self.load(insn, frames);
-                let (new, equal) = insn.compute(old);
-                // What CMPXCHG16B compares with has a clear upper half; a failed exchange leaves memory alone.
-                if insn.size <= 8 || equal && (insn.expected.is_none() || self.load_high(insn, frames) == 0) {
-                    self.store(insn, frames, u128::from(new));
-                }
-                old
-            }
-        }
-    }
-
-    #[inline]
-    fn load(&self, insn: &Insn, frames: [Option<Gfn>; 2]) -> u64 {
-        let [(gva, size), (_, rest)] = insn.pieces();
-        let host = &self.shadow.memory.host;
-        let at = |frame: Option<Gfn>, offset: u64, size: u8| {
-            frame.map_or(0, |gfn| host.read(Gpa(gfn.gpa().0 | offset), size.min(8)))
-        };
-        let mut value = at(frames[0], gva.offset(), size);
-        if rest != 0 && size < 8 {
-            value |= at(frames[1], 0, rest) << (size * 8);
-        }
-        value & mask(insn.size)
-    }
-
-    /// The upper half of a 16-byte operand, which CMPXCHG16B wants aligned, hence on one page.
-    fn load_high(&self, insn: &Insn, frames: [Option<Gfn>; 2]) -> u64 {
-        let gpa = |gfn: Gfn| Gpa((gfn.gpa().0 | insn.gva.offset()) + 8);
-        frames[0].map_or(0, |gfn| self.shadow.memory.host.read(gpa(gfn), 8))
-    }
-
-    #[inline]
-    fn store(&mut self, insn: &Insn, frames: [Option<Gfn>; 2], value: u128) {
-        let [(gva, size), (_, rest)] = insn.pieces();
-        self.store_piece(frames[0], gva.offset(), size, value, 0);
-        if rest != 0 {
-            self.store_piece(frames[1], 0, rest, value, size);
-        }
-    }
-
-    /// Stores `size` bytes of the operand from its byte `from` on. A writable entry never maps the zero page.
-    fn store_piece(&mut self, frame: Option<Gfn>, offset: u64, size: u8, value: u128, from: u8) {
-        let Some(gfn) = frame else { return };
-        self.shadow.memory.host.write_wide(Gpa(gfn.gpa().0 | offset), size, slice(value, from, size));
     }
 }

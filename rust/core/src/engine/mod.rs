@@ -8,6 +8,7 @@ mod entry;
 
 mod host;
 mod notifier;
+mod operand;
 mod plain;
 mod registers;
 mod rows;
@@ -17,6 +18,7 @@ mod trace;
 
 pub use control::Control;
 pub use deliver::Delivery;
+pub(crate) use operand::touch as touch_operand;
 pub use saved::SavedVm;
 pub use trace::{Pages, RunOptions, RunTotals, writes_tables};
 pub(crate) use trace::{action_of, insn_of};

@@ -1,8 +1,8 @@
 //! Writes to the registers that decide paging: what is illegal, and what each does to the roots.
 
 use crate::bits::{
-    CR0_CD, CR0_ET, CR0_KNOWN, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE, CR4_PKE, CR4_PSE,
-    CR4_SMAP, CR4_SMEP, EFER_ALLOWED, EFER_LMA, EFER_LME, EFER_NX,
+    CR0_CD, CR0_ET, CR0_KNOWN, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR3_NOFLUSH, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PGE,
+    CR4_PKE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_ALLOWED, EFER_LMA, EFER_LME, EFER_NX,
 };
 use crate::cpu::{Registers, Requests, cr4_allowed, pdpte_reserved};
 use crate::fault::Ctx;
@@ -15,8 +15,6 @@ const CR4_ROLE: u64 = CR4_PSE | CR4_PAE | CR4_LA57 | CR4_SMEP | CR4_SMAP | CR4_P
 /// CR0 and CR4 bits whose change makes PAE paging read the PDPTEs again (`X86_CR0_PDPTR_BITS`, `X86_CR4_PDPTR_BITS`, 6.1).
 const CR0_PDPTR: u64 = CR0_CD | CR0_NW | CR0_PG;
 const CR4_PDPTR: u64 = CR4_PGE | CR4_PSE | CR4_PAE | CR4_SMEP;
-/// CR3 bit 63: keep the TLB's entries.
-const CR3_NOFLUSH: u64 = 1 << 63;
 
 /// The guest gets #GP(0).
 pub(super) struct Refused;

@@ -12,7 +12,7 @@ pub mod retry;
 mod seek;
 pub(crate) mod ways;
 
-use crate::bits::{CR4_LA57, PT_ADDR};
+use crate::bits::CR4_LA57;
 use crate::cpu::{CpuView, Requests, Vcpu};
 pub(crate) use crate::guest::walk::GuestFault;
 use crate::guest::walk::{GuestWalk, Walker, walk_addr};
@@ -127,9 +127,7 @@ impl Ctx<'_> {
         ac: bool,
         walk: &mut GuestWalk,
     ) -> Result<(), GuestFault> {
-        let vcpu = &*self.vcpu;
-        let cr3 = vcpu.regs.cr3 & PT_ADDR;
-        let walker = Walker { role: &vcpu.role, cr3, pdptes: &vcpu.pdptes, ac, pkru: vcpu.pkru };
+        let walker = Walker::of(self.vcpu, ac);
         walk_addr(&mut self.shadow.memory, &mut self.shadow.events, &walker, (gva, access), walk)
     }
 

@@ -1,7 +1,7 @@
 //! The walk through the guest's tables (`walk_addr_generic`, 6.1).
 
-use crate::bits::{PT_A, PT_D};
-use crate::cpu::{CpuRole, key_fault, permission_fault};
+use crate::bits::{PT_A, PT_ADDR, PT_D};
+use crate::cpu::{CpuRole, Vcpu, key_fault, permission_fault};
 use crate::events::{EventKind, EventLog};
 use crate::guest::gpte::Gpte;
 use crate::memory::{HostState, Memory};
@@ -22,7 +22,14 @@ pub struct Walker<'a> {
     pub pkru: u32,
 }
 
-impl Walker<'_> {
+impl<'a> Walker<'a> {
+    /// A vCPU's.
+    #[inline]
+    #[must_use]
+    pub const fn of(vcpu: &'a Vcpu, ac: bool) -> Self {
+        Self { role: &vcpu.role, cr3: vcpu.regs.cr3 & PT_ADDR, pdptes: &vcpu.pdptes, ac, pkru: vcpu.pkru }
+    }
+
     /// The table where the walk for an address begins. PAE: the frame in the PDPTE register, which is not checked
     /// again; `None` if it is not present.
     fn top_table(&self, events: &mut EventLog, gva: Gva) -> Option<Gfn> {

@@ -1,6 +1,6 @@
 //! The walk itself, once for all modes.
 
-use crate::bits::{PT_A, PT_D};
+use crate::bits::{PT_A, PT_D, PT_G};
 use crate::cpu::{CpuRole, pdpte_reserved, permission_fault};
 use crate::guest::gpte::Gpte;
 use crate::image::{Source, Viewer};
@@ -28,7 +28,6 @@ pub enum Fault {
 pub(super) const ACCESSED: u8 = 8;
 const DIRTY: u8 = 16;
 const GLOBAL: u8 = 32;
-const PT_G: u64 = 1 << 8;
 
 /// What a walk found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,24 +4,24 @@
 //! What is exact: which pages and tables are touched, hence the second stage's faults (one for each unit that is mapped,
 //! `kvm_tdp_mmu_map`, 6.1, which prefetches nothing) and the guest's own. What is a model: TLB and page-walk caches.
 
-use crate::cpu::Registers;
-use crate::engine::{RunOptions, RunTotals, Vm, action_of, insn_of};
+use crate::bits::{CR0_PG, CR3_NOFLUSH, CR4_PCIDE, CR4_PGE, EFER_LMA, EFER_LME, PT_G};
+use crate::cpu::{CpuRole, Registers};
+use crate::engine::{RunOptions, RunTotals, Vm, action_of, insn_of, touch_operand};
 use crate::error::{ConfigError, TraceError, refuse};
-use crate::fault::insn::{Action, Insn};
+use crate::fault::insn::Insn;
 use crate::guest::walk::{GuestWalk, Walker, walk_addr};
-use crate::ops::{OpCode, ROW_BYTES, Row};
+use crate::memory::Slot;
+use crate::ops::{OpCode, Row};
 use crate::outcome::{Outcome, Status};
+use crate::paging::run_each;
 use crate::paging::saved::set_in_order;
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level};
 use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 
-/// CR3 bit 63: keep the TLB's entries.
-const CR3_NOFLUSH: u64 = 1 << 63;
-/// CR4.PGE, and G of a leaf.
-const CR4_PGE: u64 = 1 << 7;
-const PT_GLOBAL: u64 = 1 << 8;
+/// Entries of the nested TLB: 16 (Bhargava, Serebrin, Spadini and Manne, ASPLOS 2008).
+pub const USUAL_NESTED_TLB: usize = 16;
 
 /// How nested paging is set up.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -94,7 +94,7 @@ impl Stage {
         if !write {
             return;
         }
-        let logged = vm.shadow.memory.slot(gfn).is_some_and(crate::memory::Slot::logs_dirty);
+        let logged = vm.shadow.memory.slot(gfn).is_some_and(Slot::logs_dirty);
         if logged && self.writable.insert(gfn.0) && !fresh {
             counts.dirty_faults += 1;
         }
@@ -200,21 +200,9 @@ impl Nested {
         vm: &mut Vm,
         rows: &[u8],
         options: &RunOptions<'_>,
-        mut each: impl FnMut(&Outcome),
+        each: impl FnMut(&Outcome),
     ) -> Result<RunTotals, TraceError> {
-        let (mut totals, mut index) = (RunTotals::default(), options.first_row);
-        let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
-        for bytes in whole {
-            let row = Row::decode(bytes, index)?;
-            let outcome = self.step(vm, &row, options, index)?;
-            totals.note(&row, &outcome, index);
-            each(&outcome);
-            index += 1;
-        }
-        if !rest.is_empty() {
-            vm.run(rest, &RunOptions { first_row: index, ..*options }, |_| {})?; // says what is wrong with it
-        }
-        Ok(totals)
+        run_each(vm, rows, options, each, |vm, row, index| self.step(vm, row, options, index))
     }
 
     fn step(&mut self, vm: &mut Vm, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
@@ -231,7 +219,7 @@ impl Nested {
             OpCode::Cr0 => return Ok(self.load(vm, number, Registers { cr0: row.value, ..regs })),
             OpCode::Cr4 => return Ok(self.load(vm, number, Registers { cr4: row.value, ..regs })),
             OpCode::Efer => {
-                let efer = row.value | regs.efer & crate::bits::EFER_LMA;
+                let efer = row.value | regs.efer & EFER_LMA;
                 return Ok(self.load(vm, number, Registers { efer, ..regs }));
             }
             OpCode::Cr3 => return Ok(self.load_cr3(vm, number, row.value)),
@@ -253,21 +241,21 @@ impl Nested {
 
     /// CR0, CR4 or EFER: the guest loads it without an exit that paging would be the reason of.
     fn load(&mut self, vm: &mut Vm, number: usize, regs: Registers) -> Outcome {
-        let pg = regs.cr0 & crate::bits::CR0_PG != 0 && regs.efer & crate::bits::EFER_LME != 0;
-        let efer = if pg { regs.efer | crate::bits::EFER_LMA } else { regs.efer & !crate::bits::EFER_LMA };
+        let pg = regs.cr0 & CR0_PG != 0 && regs.efer & EFER_LME != 0;
+        let efer = if pg { regs.efer | EFER_LMA } else { regs.efer & !EFER_LMA };
         let regs = Registers { efer, cs_l: regs.cs_l && pg, ..regs };
         if regs.check(&vm.shadow.config.cpu).is_err() {
             return Outcome::of(Status::GeneralProtection);
         }
         let vcpu = &mut vm.vcpus[number];
         vcpu.regs = regs;
-        vcpu.role = crate::cpu::CpuRole::of(&regs, &vm.shadow.config.cpu);
+        vcpu.role = CpuRole::of(&regs, &vm.shadow.config.cpu);
         self.cpus[number].flush_all();
         if regs.pae_paging() { self.load_cr3(vm, number, regs.cr3) } else { Outcome::done(0) }
     }
 
     fn load_cr3(&mut self, vm: &mut Vm, number: usize, value: u64) -> Outcome {
-        let pcide = vm.vcpus[number].regs.cr4 & crate::bits::CR4_PCIDE != 0;
+        let pcide = vm.vcpus[number].regs.cr4 & CR4_PCIDE != 0;
         let keep = pcide && value & CR3_NOFLUSH != 0;
         let value = if pcide { value & !CR3_NOFLUSH } else { value };
         if value >> vm.shadow.config.cpu.maxphyaddr != 0 {
@@ -287,36 +275,14 @@ impl Nested {
 
     /// An instruction with a memory operand. The error is how else it ended.
     fn instruction(&mut self, vm: &mut Vm, number: usize, insn: &Insn) -> Result<Outcome, Outcome> {
-        let kind = match insn.action {
-            Action::Load => AccessKind::Read,
-            Action::Fetch => AccessKind::Fetch,
-            Action::Store | Action::Rmw(_) | Action::Copy => AccessKind::Write,
-        };
-        let mut at = [None; 2];
-        for (place, (gva, size)) in at.iter_mut().zip(insn.pieces()) {
+        let kind = insn.kinds(false)[0];
+        let mut frames = [None; 2];
+        for (frame, (gva, size)) in frames.iter_mut().zip(insn.pieces()) {
             if size > 0 {
-                *place = Some((self.translate(vm, number, gva, insn, kind)?.gpa().0 | gva.offset(), size));
+                *frame = Some(self.translate(vm, number, gva, insn, kind)?);
             }
         }
-        let host = &mut vm.shadow.memory.host;
-        let (mut value, mut from) = (0, 0);
-        for (gpa, size) in at.into_iter().flatten() {
-            if matches!(insn.action, Action::Load | Action::Rmw(_)) && from < 8 {
-                value |= host.read(Gpa(gpa), size.min(8)) << (8 * from);
-            }
-            from += size;
-        }
-        let new = match insn.action {
-            Action::Store if !insn.keep => insn.wide(insn.value),
-            Action::Rmw(_) => u128::from(insn.compute(value).0),
-            _ => return Ok(Outcome::done(value)),
-        };
-        let mut from = 0;
-        for (gpa, size) in at.into_iter().flatten() {
-            host.write_wide(Gpa(gpa), size, crate::fault::insn::slice(new, from, size));
-            from += size;
-        }
-        Ok(Outcome::done(if insn.action == Action::Store { 0 } else { value }))
+        Ok(Outcome::done(touch_operand(&mut vm.shadow.memory.host, insn, frames)))
     }
 
     /// One page is accessed: the guest's walk, and what the second stage and the caches make of it.
@@ -329,8 +295,7 @@ impl Nested {
         kind: AccessKind,
     ) -> Result<Gfn, Outcome> {
         let (user, write) = (insn.user && !insn.implicit(), kind == AccessKind::Write);
-        let code =
-            ErrorCode::W.when(write).with(ErrorCode::U.when(user)).with(ErrorCode::F.when(kind == AccessKind::Fetch));
+        let code = kind.code().with(ErrorCode::U.when(user));
         let vcpu = &mut vm.vcpus[number];
         if !vcpu.role.mode.takes(gva) {
             return Err(Outcome::of(Status::GeneralProtection));
@@ -338,13 +303,7 @@ impl Nested {
         let mut walk = GuestWalk::flat(gva);
         if vcpu.role.mode.has_tables() {
             walk = GuestWalk::start();
-            let walker = Walker {
-                role: &vcpu.role,
-                cr3: vcpu.regs.cr3,
-                pdptes: &vcpu.pdptes,
-                ac: insn.ac && !insn.implicit(),
-                pkru: vcpu.pkru,
-            };
+            let walker = Walker::of(vcpu, insn.ac && !insn.implicit());
             let (memory, events) = (&mut vm.shadow.memory, &mut vm.shadow.events);
             if let Err(fault) = walk_addr(memory, events, &walker, (gva, code), &mut walk) {
                 self.counts.guest_faults += 1;
@@ -377,7 +336,7 @@ impl Nested {
         let mut global = false;
         if top.0 > 0 {
             let leaf = walk.steps[usize::from(walk.level.0) - 1];
-            global = pge && leaf.pte.0 & PT_GLOBAL != 0;
+            global = pge && leaf.pte.0 & PT_G != 0;
             let start = tlb.begin_walk(gva, pcid, top, walk.level);
             for level in (walk.level.0..=start.0).rev() {
                 let table = walk.steps[usize::from(level) - 1].table;
@@ -418,7 +377,7 @@ mod tests {
         assert_eq!(counts.stage_faults, 5, "four tables and the page");
         let (large, _) = run(&mut guest(), NestedSetup { level: Level::PD, ..BARE }, &rows);
         assert_eq!((large.misses, large.host_references, large.stage_faults), (2, 30, 1));
-        let usual = NestedSetup { sizes: USUAL, nested_tlb: 16, ..BARE };
+        let usual = NestedSetup { sizes: USUAL, nested_tlb: USUAL_NESTED_TLB, ..BARE };
         let (cached, _) = run(&mut guest(), usual, &rows);
         assert_eq!((cached.guest_references, cached.host_references), (4 + 1, 20 + 4), "the last table is kept");
         let (warm, _) = run(&mut guest(), NestedSetup { warm: true, ..BARE }, &rows);

@@ -2,8 +2,9 @@
 
 use crate::engine::{RunOptions, RunTotals, Vm};
 use crate::error::{ConfigError, TraceError};
-use crate::ops::{OpCode, ROW_BYTES, Row};
+use crate::ops::{OpCode, Row};
 use crate::outcome::{Outcome, Status};
+use crate::paging::run_each;
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::Gva;
 use serde::{Deserialize, Serialize};
@@ -59,25 +60,14 @@ impl ShadowTlb {
         vm: &mut Vm,
         rows: &[u8],
         options: &RunOptions<'_>,
-        mut each: impl FnMut(&Outcome),
+        each: impl FnMut(&Outcome),
     ) -> Result<RunTotals, TraceError> {
-        let (mut totals, mut one) = (RunTotals::default(), *options);
-        let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
-        for bytes in whole {
-            let row = Row::decode(bytes, one.first_row)?;
+        run_each(vm, rows, options, each, |vm, row, index| {
             let before = vm.vcpus().get(usize::from(row.vcpu)).map_or(0, |vcpu| vcpu.counters.tlb_flush);
-            let mut status = Status::Done;
-            totals.add(&vm.run(bytes, &one, |outcome| {
-                status = outcome.status;
-                each(outcome);
-            })?);
-            self.follow(vm, &row, status, before);
-            one.first_row += 1;
-        }
-        if !rest.is_empty() {
-            vm.run(rest, &one, |_| {})?; // says what is wrong with it
-        }
-        Ok(totals)
+            let outcome = vm.step(row, options, index)?;
+            self.follow(vm, row, outcome.status, before);
+            Ok(outcome)
+        })
     }
 
     /// What a row did to the TLB of its vCPU. KVM flushes at entry, that is, before the access.

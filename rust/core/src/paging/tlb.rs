@@ -50,7 +50,7 @@ impl TlbSizes {
     }
 }
 
-/// The page was written through this entry, so that D is known to be set; and the page's level.
+/// The page was written through this entry, so that D is known to be set.
 const WRITTEN: u32 = 1 << 8;
 
 /// Numbers for address spaces: a flush gives a space a new number, so that its entries are found no more.
