@@ -21,6 +21,7 @@ from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, Outcome, Snapshot, Vc
 from shadowkvm.counters import COUNTER_INFO, CounterInfo, Counters
 from shadowkvm.errors import (
     ConfigError,
+    CostError,
     GuestMemoryError,
     InvariantError,
     PolicyError,
@@ -65,6 +66,7 @@ __all__ = [
     "AddressWalk",
     "Chunk",
     "ConfigError",
+    "CostError",
     "CounterInfo",
     "Counters",
     "EventInfo",

@@ -21,10 +21,11 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console, Group
 from rich.text import Text
 
-from shadowkvm import bench_verb, compare, explain_verb, report, translate_verb, verify, workload_verbs
+from shadowkvm import bench_verb, costs_verb, explain_verb, report, translate_verb, verify, workload_verbs
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
+from shadowkvm.compare import verb as compare_verb
 from shadowkvm.counters import COUNTER_INFO
-from shadowkvm.errors import InvariantError, ShadowKvmError, TraceError
+from shadowkvm.errors import CostError, InvariantError, ShadowKvmError, TraceError
 from shadowkvm.output import event_file
 from shadowkvm.policy import POLICIES
 from shadowkvm.replay import open_trace, replay
@@ -65,6 +66,7 @@ Replay a recorded guest and see what shadow paging makes of it:
     shadowkvm run examples/recordings/fork20-demote64.npz
     shadowkvm run guest.npz --policy no_unsync --format json -o no_unsync.json
     shadowkvm run guest.npz --events events.parquet
+    shadowkvm compare fork_exit --mmu shadow,nested,agile
     shadowkvm compare guest.npz --policy kvm,no_unsync
     shadowkvm workload list
     shadowkvm workload run fork_exit --scale 0.5
@@ -84,7 +86,8 @@ policy_app = App(name="policy", help="Policies: what replaces decisions of KVM."
 app.command(trace_app)
 app.command(policy_app)
 verify.add_verbs(app)
-compare.add_verbs(app)
+compare_verb.add_verbs(app)
+costs_verb.add_verbs(app)
 workload_verbs.add_verbs(app)
 translate_verb.add_verbs(app)
 bench_verb.add_verbs(app)
@@ -324,7 +327,7 @@ def _status(error: Exception) -> int:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else message
     say(message)
-    return 3 if isinstance(error, TraceError | OSError) else 2
+    return 3 if isinstance(error, TraceError | CostError | OSError) else 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigError",
+    "CostError",
     "GuestMemoryError",
     "InvariantError",
     "PolicyError",
@@ -23,6 +24,10 @@ class ShadowKvmError(Exception):
 
 class ConfigError(ShadowKvmError, ValueError):
     """A machine that cannot be built or a setting out of its range (sizes, slots, registers, paging modes)."""
+
+
+class CostError(ShadowKvmError, ValueError):
+    """A cost table that cannot be used: no TOML, an unknown or missing key, a figure without a source."""
 
 
 class TraceError(ShadowKvmError, ValueError):

@@ -1,4 +1,4 @@
-"""Nested paging: what the same guest costs where the CPU walks two stages and no table is shadowed."""
+"""Nested and agile paging: what the same guest costs where the CPU walks two stages, or parts of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGE_LEVELS: Final = {4096: 1, 2 << 20: 2, 1 << 30: 3}
 
 
 class NestedStatistics(NamedTuple):
-    """What `Vm.use_nested` counted, over all vCPUs.
+    """What `Vm.use_nested` or `Vm.use_agile` counted, over all vCPUs.
 
     Exact: accesses, exits and the guest's own faults, for they follow from which pages and tables are touched. Modelled
     (TLB, page-walk caches, nested TLB): hits, misses, references.
@@ -38,17 +38,40 @@ class NestedStatistics(NamedTuple):
     other_exits: int
     """Exits for HLT, IN and OUT."""
     guest_faults: int
-    """#PF that the guest took; none of them exits."""
+    """#PF that the guest took; under nested paging none of them exits."""
+    shadow_references: int
+    """Agile paging: entries of shadow tables that walks read."""
+    shadow_fills: int
+    """Agile paging: exits because a shadow entry was not filled yet."""
+    table_stores: int
+    """Agile paging: exits for stores to guest tables in shadow mode."""
+    reflected_faults: int
+    """Agile paging: exits for #PF of the guest's that a walk in the shadow came to; they are in guest_faults, too."""
+    cr3_exits: int
+    """Agile paging: exits for CR3 loads of a root that the CPU does not keep."""
+    to_nested: int
+    """Agile paging: tables that went from shadow to nested mode, with those that hung under them."""
+    to_shadow: int
+    """Agile paging: tables that came back."""
+    intervals: int
+    """Agile paging: looks at the tables."""
 
     @property
     def exits(self) -> int:
         """All VM exits."""
-        return self.stage_faults + self.dirty_faults + self.mmio_exits + self.other_exits
+        second_stage = self.stage_faults + self.dirty_faults
+        shadow = self.shadow_fills + self.table_stores + self.reflected_faults + self.cr3_exits
+        return second_stage + shadow + self.mmio_exits + self.other_exits
+
+    @property
+    def references(self) -> int:
+        """Entries of all tables that walks read."""
+        return self.guest_references + self.host_references + self.shadow_references
 
     @property
     def references_per_miss(self) -> float:
         """Entries that a walk read in both stages; 24 for a whole one of four levels each."""
-        return (self.guest_references + self.host_references) / self.misses if self.misses else 0.0
+        return self.references / self.misses if self.misses else 0.0
 
     @property
     def miss_rate(self) -> float:

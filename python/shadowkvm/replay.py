@@ -21,7 +21,7 @@ from shadowkvm.result import RunResult
 from shadowkvm.trace import CHUNK_ROWS, Recording, paging_mode
 from shadowkvm.vm import Vm
 
-__all__ = ["EventSink", "Replay", "open_trace", "replay"]
+__all__ = ["EventSink", "Replay", "fresh_vm", "open_trace", "replay", "told_of"]
 
 # Events wait in memory until a piece is done; a row raises a dozen of 40 bytes at worst, but for zaps.
 _PIECE_ROWS: Final = 1 << 15
@@ -85,11 +85,13 @@ def open_trace(path: str | Path) -> Recording | NDArray[np.void]:
     raise TraceError(f"neither a recording (.npz) nor a trace (.npy){hint}", place=str(path))
 
 
-def _about(trace: Recording | NDArray[np.void], name: str, memory: int, sregs: dict[str, int]) -> dict[str, Any]:
+def told_of(trace: Recording | NDArray[np.void], name: str, vm: Vm) -> dict[str, Any]:
+    """What is known of a trace that is to run on a VM: name, guest, made, mode, rows, memory."""
     if isinstance(trace, Recording):
         keys = ("name", "guest", "made", "mode", "rows")
-        return {**{key: trace.meta.get(key, "") for key in keys}, "memory": memory}
-    return {"name": name, "guest": "", "made": "", "mode": paging_mode(sregs), "rows": len(trace), "memory": memory}
+        return {**{key: trace.meta.get(key, "") for key in keys}, "memory": vm.memory}
+    mode = paging_mode(vm.vcpus[0].sregs)
+    return {"name": name, "guest": "", "made": "", "mode": mode, "rows": len(trace), "memory": vm.memory}
 
 
 def _machine(trace: Recording, memory: int | None, **settings: Any) -> Vm:
@@ -109,6 +111,23 @@ def _machine(trace: Recording, memory: int | None, **settings: Any) -> Vm:
 def _vcpus(trace: NDArray[np.void]) -> int:
     chunks = (trace["vcpu"][at : at + CHUNK_ROWS] for at in range(0, len(trace), CHUNK_ROWS))
     return 1 + max((int(chunk.max()) for chunk in chunks), default=0)
+
+
+def fresh_vm(trace: Recording | NDArray[np.void], *, memory: int | None = None, **settings: Any) -> Vm:
+    """A VM that a trace can run on: as the recording has it; for a plain trace of 128 MiB, with the vCPUs in it.
+
+    Args:
+        trace: a Recording, or an array of TRACE_DTYPE.
+        memory: bytes of guest memory, if it is to be otherwise.
+        settings: of `Vm`.
+
+    Raises:
+        ConfigError: a setting that cannot be.
+        TraceError: no VM can be as the recording says.
+    """
+    if isinstance(trace, Recording):
+        return _machine(trace, memory, **settings)
+    return Vm(memory or _DEFAULT_MEMORY, vcpus=_vcpus(trace), **settings)
 
 
 def replay(
@@ -142,10 +161,7 @@ def replay(
     feed.check_trace(trace)
     settings: dict[str, Any] = {"policy": policy, "profile": profile, "model_version": model_version}
     settings["events"] = True if sink else EVENTS_NEEDED
-    if isinstance(trace, Recording):
-        vm = _machine(trace, memory, **settings)
-    else:
-        vm = Vm(memory or _DEFAULT_MEMORY, vcpus=_vcpus(trace), **settings)
+    vm = fresh_vm(trace, memory=memory, **settings)
     if quota is not None:
         vm.set_page_quota(quota)
     breakdown = Breakdown([cpu.sregs["cr3"] for cpu in vm.vcpus])
@@ -160,7 +176,7 @@ def replay(
         if progress is not None:
             progress(piece.first + len(piece.rows), len(trace))
 
-    about = _about(trace, name, vm.memory, vm.vcpus[0].sregs)
+    about = told_of(trace, name, vm)
     result = feed.run(vm, trace, each=each, limit=_PIECE_ROWS)
     return Replay(
         trace=about,

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from numpy.typing import NDArray
 
 from shadowkvm import feed
-from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES, USUAL_NESTED_TLB, Snapshot
-from shadowkvm._core import Vm as _Vm
+from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS, PROFILES, Snapshot
 from shadowkvm.checks import choice, integer
 from shadowkvm.counters import Counters
 from shadowkvm.events import event_array, event_mask
-from shadowkvm.nested import NestedStatistics, stage_level
+from shadowkvm.hardware import Hardware
 from shadowkvm.policy import Policy, described
 from shadowkvm.result import RunResult
 from shadowkvm.shadow import ShadowTree, shadow_tree
-from shadowkvm.tlb import USUAL_ENTRIES, USUAL_WALK_CACHES, USUAL_WAYS, TlbStatistics, tlb_sizes
 from shadowkvm.trace import Recording
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ HOST_STATES: Final = ("writable", "zero", "shared", "absent", "huge-2m", "huge-1
 Progress = Callable[[int, int], None]
 
 
-class Vm(_Vm):
+class Vm(Hardware):
     """A virtual machine whose guest runs on KVM's shadow page tables.
 
     It begins with one memslot (number 0) at guest physical address (gpa) 0, host pages present, writable and small;
@@ -347,98 +345,6 @@ class Vm(_Vm):
         """
         super().set_event_mask(event_mask(events))
 
-    def follow_tlb(
-        self,
-        enabled: bool = True,
-        *,
-        entries: int = USUAL_ENTRIES,
-        ways: int | None = USUAL_WAYS,
-        walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
-    ) -> None:
-        """Follow the vCPUs' TLBs through `run` from now on, beginning with empty ones; `tlb` has what was counted.
-
-        A model of hardware beside the engine: nothing that an access does depends on it. KVM's flushes empty it,
-        INVLPG takes a page and the page-walk caches, PCIDs are kept apart. A snapshot or a copy holds none,
-        a pickled VM does.
-
-        Args:
-            enabled: False stops it and forgets what was counted.
-            entries: translations of each vCPU, of any page size; 0: no TLB, every access walks. The default is the
-                second-level TLB of Intel's Skylake.
-            ways: entries of a set, the least recently used goes first; None: one set.
-            walk_caches: entries of the page-walk caches for tables of level 1, 2 and 3; None: none, each walk begins
-                at the root. The default is what Barr, Cox and Rixner (ISCA 2010) give.
-
-        Raises:
-            ConfigError: sizes that make no cache. What was followed before still is.
-
-        >>> import numpy as np, shadowkvm as sk
-        >>> vm = sk.Vm(memory=32 << 20)
-        >>> for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x67}.items():
-        ...     vm.write_memory(table, entry.to_bytes(8, "little"))
-        >>> vm.vcpus[0].set_sregs(cr3=0x1000)
-        >>> vm.follow_tlb()
-        >>> reads = np.zeros(10, sk.TRACE_DTYPE)
-        >>> reads["size"] = 8
-        >>> vm.run(reads).status["done"], vm.tlb
-        (10, TlbStatistics(accesses=10, hits=9, misses=1, references=4, flushes=0))
-        """
-        self.set_tlb(tlb_sizes(entries, ways, walk_caches) if enabled else None)
-
-    @property
-    def tlb(self) -> TlbStatistics | None:
-        """What the TLBs made of the runs since `follow_tlb`; None if they are not followed."""
-        counts = self.tlb_counts()
-        return None if counts is None else TlbStatistics(*counts)
-
-    def use_nested(
-        self,
-        *,
-        warm: bool = False,
-        page_size: int = 4096,
-        entries: int = USUAL_ENTRIES,
-        ways: int | None = USUAL_WAYS,
-        walk_caches: tuple[int, int, int] | None = USUAL_WALK_CACHES,
-        nested_tlb: int = USUAL_NESTED_TLB,
-    ) -> None:
-        """Run the guest under nested paging (AMD NPT, Intel EPT) instead of the shadow, from now to the end.
-
-        `run` then does to the guest what it does under the shadow: the same values, the same faults of its own, the
-        same memory. But no table is shadowed: CR3 loads, INVLPG and the guest's faults do not exit, the second stage
-        does. `nested` has what was counted. A vCPU's single instructions are refused; a snapshot or a copy is of the
-        memory and the registers, and is under the shadow; a pickled VM stays as it is.
-
-        Args:
-            warm: the second stage maps everything already. A cold one faults once for each page that is touched, guest
-                tables too.
-            page_size: bytes of the second stage's pages: 4,096, 2 MiB or 1 GiB.
-            entries, ways, walk_caches: as in `follow_tlb`; page-walk caches are those of the guest's tables.
-            nested_tlb: entries of the nested TLB: second-stage translations of guest tables (16: Bhargava, Serebrin,
-                Spadini and Manne, ASPLOS 2008); 0: none.
-
-        Raises:
-            ConfigError: sizes that make no cache, another page size, or the VM has run under the shadow already.
-
-        >>> import numpy as np, shadowkvm as sk
-        >>> vm = sk.Vm(memory=32 << 20)
-        >>> for table, entry in {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007, 0x4000: 0x67}.items():
-        ...     vm.write_memory(table, entry.to_bytes(8, "little"))
-        >>> vm.vcpus[0].set_sregs(cr3=0x1000)
-        >>> vm.use_nested(walk_caches=None, nested_tlb=0)
-        >>> reads = np.zeros(10, sk.TRACE_DTYPE)
-        >>> reads["size"] = 8
-        >>> vm.run(reads).status["done"], vm.nested.references_per_miss, vm.nested.exits
-        (10, 24.0, 5)
-        """
-        sizes = tlb_sizes(entries, ways, walk_caches)
-        self.set_nested((*sizes, integer("nested_tlb", nested_tlb, bits=20), bool(warm), stage_level(page_size)))
-
-    @property
-    def nested(self) -> NestedStatistics | None:
-        """What nested paging came to since `use_nested`; None under the shadow."""
-        counts = self.nested_counts()
-        return None if counts is None else NestedStatistics(*counts)
-
     def memory_use(self) -> dict[str, int]:
         """Bytes that the VM takes, by what for.
 
@@ -535,4 +441,4 @@ class Vm(_Vm):
 
 def _fresh(cls: type[Vm]) -> Vm:
     """A VM of a class, to be given its state: without the arguments that a subclass may want."""
-    return _Vm.__new__(cls, 4096)
+    return Hardware.__new__(cls, 4096)

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from shadowkvm import workload_report as report
 from shadowkvm._core import MODEL_VERSION, MODEL_VERSIONS
 from shadowkvm.errors import InvariantError, TraceError
+from shadowkvm.scenario_options import ScaleOption, SeedOption, SetOption, build_scenario, words_of
 from shadowkvm.terminal import (
     Format,
     FormatOption,
@@ -26,7 +27,7 @@ from shadowkvm.terminal import (
     show_list,
 )
 from shadowkvm.vm import Vm
-from shadowkvm.workloads import Scenario, Step, entries, get
+from shadowkvm.workloads import Step, entries, get
 
 __all__ = ["add_verbs"]
 
@@ -35,13 +36,6 @@ _SCHEMA: Final = "shadowkvm.workloads/1"
 JsonOption = Annotated[
     bool, Parameter(name="--json", negative="", show_default=False, help="The same as --format json.")
 ]
-ScaleOption = Annotated[float, Parameter(help="How much is done: multiplies what `show` marks with x scale.")]
-SeedOption = Annotated[int, Parameter(help="Of all chance in it: the same seed, the same scenario.")]
-SetOption = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", show_default=False, help="A parameter, as name=value; may be repeated."),
-]
-
 app = App(name="workload", help="Workloads: kinds of load on a guest, built in, or brought by other packages.")
 
 
@@ -54,18 +48,6 @@ def _format(format_: Format | None, *, json: bool) -> Format | None:
     if json and format_ not in {None, "json"}:
         raise UsageError(f"--json and --format {format_} contradict each other")
     return "json" if json else format_
-
-
-def _build(name: str, scale: float, seed: int, settings: list[str] | None) -> Scenario:
-    parameters = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {setting!r}: name=value is expected")
-        if key in parameters:
-            raise UsageError(f"--set {key} is there twice")
-        parameters[key.replace("-", "_")] = value
-    return get(name).build(seed, scale, **parameters)
 
 
 @app.command(name="list", help_epilogue="Examples:\n\n    shadowkvm workload list\n    shadowkvm workload list --json")
@@ -148,12 +130,11 @@ def run(
     """
     chosen = choose_format(_format(format_, json=json), output, ("table", "json", "csv"))
     check_folder(output)
-    scenario = _build(name, scale, seed, settings)
+    scenario = build_scenario(name, scale, seed, settings)
     vm = scenario.vm(policy=policy, profile=profile, model_version=model_version)
     if quota is not None:
         vm.set_page_quota(quota)
-    replay = ["shadowkvm", "workload", "run", name, "--scale", f"{scale:g}", "--seed", str(seed), "--audit"]
-    replay += [word for setting in settings or [] for word in ("--set", setting)]
+    replay = ["shadowkvm", "workload", "run", name, *words_of(scale, seed, settings), "--audit"]
     replay += ["--policy", policy] if policy else []
     replay += ["--model-version", model_version] if model_version != MODEL_VERSION else []
     with part_progress(name, quiet=quiet) as tick:
@@ -202,7 +183,7 @@ def record(
     check_folder(output)
     if output.suffix != ".npz":
         raise UsageError(f"{output}: the name of a recording ends in .npz")
-    scenario = _build(name, scale, seed, settings)
+    scenario = build_scenario(name, scale, seed, settings)
     try:
         scenario.record(output)
     except TraceError as error:

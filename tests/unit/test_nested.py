@@ -16,17 +16,22 @@ from shadowkvm.workloads import entries, get
 COMMON = ("fork_exit", "context_switch", "mmap_cycle", "jit_flip", "live_migration", "cow_storm")
 
 
+@pytest.mark.parametrize("agile", [False, True], ids=["nested", "agile"])
 @pytest.mark.parametrize("name", [entry.name for entry in entries()])
-def test_every_workload_sees_what_its_own_tables_say(name: str) -> None:
+def test_every_workload_sees_what_its_own_tables_say(name: str, agile: bool) -> None:
     scenario = get(name).build(scale=0.02)
     vm = scenario.vm()
-    vm.use_nested()
+    if agile:
+        vm.use_agile(interval=500)
+    else:
+        vm.use_nested()
     result = scenario.run(vm)
     assert result.mismatches == 0
     assert not vm.shadow().pages
     assert vm.nested is not None
     assert vm.nested.accesses == vm.nested.hits + vm.nested.misses > 0
-    assert vm.nested.misses <= vm.nested.guest_references + vm.nested.host_references <= 24 * vm.nested.misses
+    assert vm.nested.misses <= vm.nested.references <= 24 * vm.nested.misses
+    assert (vm.nested.shadow_references > 0) == (vm.nested.shadow_fills > 0) == agile
     assert vm.nested.guest_faults >= sum(phase.guest_faults for phase in result.phases.values())
 
 
@@ -75,6 +80,49 @@ def test_dropped_pages_fault_again(one_frame_guest: Callable[[], sk.Vm]) -> None
     assert vm.nested.stage_faults == 1
 
 
+def test_agile_paging_exits_less_than_the_shadow_and_walks_less_than_nested_paging() -> None:
+    """What the paper is about (ISCA 2016): tables at rest are walked in the shadow, those that change in place."""
+    scenario = get("fork_exit").build(scale=0.3)
+    shadow, nested, agile = scenario.vm(), scenario.vm(), scenario.vm()
+    nested.use_nested(warm=True, walk_caches=None, nested_tlb=0)
+    agile.use_agile(warm=True, walk_caches=None, nested_tlb=0)
+    for vm in (shadow, nested, agile):
+        scenario.run(vm)
+    assert agile.nested is not None
+    assert nested.nested is not None
+    assert 0 < agile.nested.exits < shadow.counters["exits"] / 5
+    assert agile.nested.references_per_miss < nested.nested.references_per_miss
+    assert agile.nested.to_nested > 0
+
+
+@pytest.mark.parametrize("agile", [False, True], ids=["nested", "agile"])
+def test_what_the_host_takes_away_faults_again(one_frame_guest: Callable[[], sk.Vm], agile: bool) -> None:
+    read = make_rows(sk.Op.READ, [0])
+
+    def faults(change: Callable[[sk.Vm], None]) -> int:
+        """Exits of a read after a change of the host's, with everything mapped before it."""
+        vm = one_frame_guest()
+        vm.add_slot(1, 1 << 30, 1 << 20)
+        if agile:
+            vm.use_agile()
+        else:
+            vm.use_nested()
+        vm.run(read)
+        before = vm.nested.exits  # type: ignore[union-attr]
+        change(vm)
+        vm.run(read)
+        return int(vm.nested.exits) - before  # type: ignore[union-attr]
+
+    assert faults(sk.Vm.clear_events) == 0
+    assert faults(lambda vm: vm.notifier_unmap(0x10000, 0x1000)) == 1
+    assert faults(lambda vm: vm.notifier_change(0x10000, 0x1000)) == 1
+    assert faults(lambda vm: vm.notifier_unmap(0x20000, 0x1000)) == 0
+    # With a slot everything goes: four tables and the page; of agile paging one exit fills the shadow with both.
+    everything = 1 if agile else 5
+    assert faults(lambda vm: vm.delete_slot(1)) == everything
+    assert faults(lambda vm: vm.move_slot(1, 1 << 31)) == everything
+
+
 def test_single_instructions_and_late_changes_are_refused(one_frame_guest: Callable[[], sk.Vm]) -> None:
     vm = one_frame_guest()
     vm.use_nested()
@@ -111,3 +159,17 @@ def test_a_slot_of_any_size_comes_and_goes_at_once(one_frame_guest: Callable[[],
         vm.delete_slot(1)
         assert vm.nested is not None
         assert vm.nested.stage_faults == (0 if warm else 5)
+        vm.run(make_rows(sk.Op.READ, [0]))
+        assert vm.nested.stage_faults == (5 if warm else 10), "a warm second stage is cold after it"
+
+
+@pytest.mark.parametrize(
+    ("setup", "text"), [({"interval": 0}, "at least 1 row"), ({"roots": -1}, "roots"), ({"page_size": 1}, "page_size")]
+)
+def test_impossible_setups_of_agile_paging(
+    setup: dict[str, Any], text: str, one_frame_guest: Callable[[], sk.Vm]
+) -> None:
+    vm = one_frame_guest()
+    with pytest.raises(sk.ConfigError, match=text):
+        vm.use_agile(**setup)
+    assert vm.nested is None

@@ -96,6 +96,8 @@ counters! {
     max_mmu_page_hash_collisions Peak "shadow pages of other frames met in one hash bucket";
     remote_tlb_flush_requests Cumulative "calls of kvm_flush_remote_tlbs";
     remote_tlb_flush Cumulative "those calls that had to interrupt another physical CPU (none here: one exit is handled at a time)";
+    x_prefetched Cumulative "entries filled without a fault of their own (pte_prefetch, direct_pte_prefetch, INVLPG)";
+    x_synced_entries Cumulative "present entries that a resync of their page went over (sync_page)";
 }
 
 counters! {

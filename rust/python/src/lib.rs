@@ -2,6 +2,7 @@
 
 mod buffer;
 mod errors;
+mod hardware;
 mod image;
 mod number;
 mod policy;

@@ -5,6 +5,7 @@
 //! at every number (`SavedVm::revive`) and by its audit.
 
 use crate::errors;
+use crate::hardware::Hardware;
 use pyo3::PyResult;
 use shadowkvm_core::engine::{SavedVm, Vm};
 use shadowkvm_core::paging::{Nested, ShadowTlb};
@@ -13,16 +14,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const MAGIC: &[u8] = b"shadowkvm state\n";
 /// Moves with every change of what is serialised, its order or its types; tests/unit/test_pickle.py notices one.
-const SCHEMA: u16 = 1;
+const SCHEMA: u16 = 2;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CHECKSUM_BYTES: usize = 8;
 
 /// A state that was read.
-pub(crate) type State = (Vm, Option<ShadowTlb>, Option<Nested>);
+pub(crate) type State = (Vm, Hardware);
 
 /// The bytes of a state.
-pub(crate) fn write(engine: &Vm, tlb: Option<&ShadowTlb>, nested: Option<&Nested>) -> PyResult<Vec<u8>> {
-    let payload = postcard::to_allocvec(&(engine, tlb, nested))
+pub(crate) fn write(engine: &Vm, hardware: &Hardware) -> PyResult<Vec<u8>> {
+    let payload = postcard::to_allocvec(&(engine, &hardware.tlb, &hardware.nested))
         .map_err(|error| errors::saved_state(format!("the state cannot be written: {error}")))?;
     let head = head();
     let mut bytes = Vec::with_capacity(head.len() + CHECKSUM_BYTES + payload.len());
@@ -52,7 +53,7 @@ fn decode(payload: &[u8], policy: Box<dyn Policy>) -> Result<State, String> {
     let vcpus = vm.vcpus().len();
     tlb.as_ref().map_or(Ok(()), |tlb| tlb.check_bounds(vcpus)).map_err(|error| error.to_string())?;
     nested.as_ref().map_or(Ok(()), |nested| nested.check_bounds(vcpus)).map_err(|error| error.to_string())?;
-    Ok((vm, tlb, nested))
+    Ok((vm, Hardware { tlb, nested }))
 }
 
 /// What stands before the checksum: magic, schema, length and text of the version.

@@ -1,11 +1,11 @@
 //! The state of a VM at one moment, to go back to and to take elsewhere.
 
+use crate::hardware::Hardware;
 use crate::policy::{Decider, Failure, Source};
 use crate::saved;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyType};
 use shadowkvm_core::engine::Vm as Engine;
-use shadowkvm_core::paging::{Nested, ShadowTlb};
 use std::sync::Arc;
 
 /// What a snapshot is made of anew: the bytes of the state, the name of the policy, and what decides beside it.
@@ -17,8 +17,7 @@ pub(crate) struct Snapshot {
     pub(crate) engine: Engine,
     pub(crate) failure: Option<Failure>,
     pub(crate) source: Arc<Source>,
-    pub(crate) tlb: Option<ShadowTlb>,
-    pub(crate) nested: Option<Nested>,
+    pub(crate) hardware: Hardware,
 }
 
 #[pymethods]
@@ -31,12 +30,12 @@ impl Snapshot {
         let source = Arc::new(Source { base: policy, decider });
         let (policy, failure) = source.make(py)?;
         let bytes = state.as_bytes();
-        let (engine, tlb, nested) = py.detach(|| saved::read(bytes, policy))?;
-        Ok(Self { engine, failure, source, tlb, nested })
+        let (engine, hardware) = py.detach(|| saved::read(bytes, policy))?;
+        Ok(Self { engine, failure, source, hardware })
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyType>, Parts<'py>)> {
-        let bytes = py.detach(|| saved::write(&self.engine, self.tlb.as_ref(), self.nested.as_ref()))?;
+        let bytes = py.detach(|| saved::write(&self.engine, &self.hardware))?;
         let Source { base, decider } = &*self.source;
         let decider =
             decider.as_ref().map(|(object, asks, rules)| (object.clone_ref(py), asks.clone(), rules.clone_ref(py)));

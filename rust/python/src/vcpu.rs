@@ -67,7 +67,7 @@ impl Vcpu {
     /// The VM, which must not be under nested paging: that runs traces only.
     fn under_shadow<'py>(&self, py: Python<'py>) -> PyResult<PyRefMut<'py, Vm>> {
         let vm = self.vm.bind(py).try_borrow_mut()?;
-        if vm.nested.is_some() {
+        if vm.hardware.nested.is_some() {
             return Err(errors::refused("under nested paging a guest runs by Vm.run only".into()));
         }
         Ok(vm)

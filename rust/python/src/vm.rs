@@ -2,6 +2,7 @@
 
 use crate::buffer::slice;
 use crate::errors;
+use crate::hardware::{Hardware, Sizes, Stage};
 use crate::policy::{Decider, Failure, Source, raise};
 use crate::snapshot::Snapshot;
 use crate::vcpu::Vcpu;
@@ -11,13 +12,12 @@ use pyo3::types::PyTuple;
 use shadowkvm_core::config::{Config, CpuFeatures};
 use shadowkvm_core::cpu::{Root, Top};
 use shadowkvm_core::engine::{Pages, RunOptions, RunTotals, Vm as Engine};
-use shadowkvm_core::error::TraceError;
 use shadowkvm_core::kernel::Kernel;
 use shadowkvm_core::memory::{HostState, ManualDirty};
 use shadowkvm_core::ops::ROW_BYTES;
 use shadowkvm_core::outcome::Outcome;
-use shadowkvm_core::paging::{Nested, NestedSetup, ShadowTlb, TlbSizes};
-use shadowkvm_core::types::{Gpa, Level, PageId};
+use shadowkvm_core::paging::HostAct;
+use shadowkvm_core::types::{Gpa, PageId};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -34,10 +34,8 @@ pub(crate) struct Vm {
     pub(crate) failure: Option<Failure>,
     /// What the policy was made of.
     source: Arc<Source>,
-    /// The TLBs that are followed, if they are.
-    tlb: Option<ShadowTlb>,
-    /// The guest runs under nested paging instead of the shadow.
-    pub(crate) nested: Option<Nested>,
+    /// What runs beside the engine.
+    pub(crate) hardware: Hardware,
 }
 
 fn host_state(name: &str) -> PyResult<HostState> {
@@ -88,7 +86,7 @@ impl Vm {
         let (policy, failure) = source.make(py)?;
         let config = Config { cpu, kernel, nx_huge_pages };
         let engine = Engine::new(memory, vcpus, config, policy, event_mask).map_err(errors::config)?;
-        Ok(Self { engine, rows: Vec::new(), failure, source, tlb: None, nested: None })
+        Ok(Self { engine, rows: Vec::new(), failure, source, hardware: Hardware::default() })
     }
 
     /// Name of the kernel whose rules hold.
@@ -110,42 +108,38 @@ impl Vm {
     #[pyo3(signature = (slot, gpa, size, readonly=false, dirty_log=false))]
     fn add_slot(&mut self, slot: u16, gpa: u64, size: u64, readonly: bool, dirty_log: bool) -> PyResult<()> {
         self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)?;
-        if let Some(nested) = &mut self.nested {
-            nested.added(Gpa(gpa), size);
-        }
+        self.hardware.told(&self.engine, HostAct::SlotAdded(Gpa(gpa), size));
         Ok(())
     }
 
     fn delete_slot(&mut self, slot: u16) -> PyResult<()> {
-        self.engine.delete_slot(slot).map_err(errors::config)
+        self.engine.delete_slot(slot).map_err(errors::config)?;
+        self.hardware.told(&self.engine, HostAct::SlotGone);
+        Ok(())
     }
 
     fn get_dirty_log(&mut self, slot: u16) -> PyResult<Vec<u64>> {
         let frames = self.engine.get_dirty_log(slot).map_err(errors::config)?;
-        if let Some(nested) = &mut self.nested {
-            nested.log_was_read(&self.engine);
-        }
+        self.hardware.told(&self.engine, HostAct::LogRead);
         Ok(frames)
     }
 
     fn set_dirty_log(&mut self, slot: u16, enabled: bool) -> PyResult<()> {
         self.engine.set_dirty_log(slot, enabled).map_err(errors::config)?;
-        if let Some(nested) = &mut self.nested {
-            nested.protected();
-        }
+        self.hardware.told(&self.engine, HostAct::LogSet);
         Ok(())
     }
 
     fn notifier_unmap(&mut self, gpa: u64, size: u64) -> PyResult<()> {
         self.engine.notifier_unmap(Gpa(gpa), size).map_err(errors::config)?;
-        if let Some(nested) = &mut self.nested {
-            nested.unmapped(Gpa(gpa), size);
-        }
+        self.hardware.told(&self.engine, HostAct::Dropped(Gpa(gpa), size));
         Ok(())
     }
 
     fn move_slot(&mut self, slot: u16, gpa: u64) -> PyResult<()> {
-        self.engine.move_slot(slot, Gpa(gpa)).map_err(errors::config)
+        self.engine.move_slot(slot, Gpa(gpa)).map_err(errors::config)?;
+        self.hardware.told(&self.engine, HostAct::SlotGone);
+        Ok(())
     }
 
     fn set_manual_dirty_log(&mut self, enabled: bool, initially_set: bool) -> PyResult<()> {
@@ -155,14 +149,14 @@ impl Vm {
     #[allow(clippy::needless_pass_by_value, reason = "PyO3 hands the list over by value")]
     fn clear_dirty_log(&mut self, slot: u16, frames: Vec<u64>) -> PyResult<()> {
         self.engine.clear_dirty_log(slot, &frames).map_err(errors::config)?;
-        if let Some(nested) = &mut self.nested {
-            nested.protected_frames(&frames);
-        }
+        self.hardware.told(&self.engine, HostAct::LogCleared(&frames));
         Ok(())
     }
 
     fn notifier_change(&mut self, gpa: u64, size: u64) -> PyResult<()> {
-        self.engine.notifier_change(Gpa(gpa), size).map_err(errors::config)
+        self.engine.notifier_change(Gpa(gpa), size).map_err(errors::config)?;
+        self.hardware.told(&self.engine, HostAct::Dropped(Gpa(gpa), size));
+        Ok(())
     }
 
     fn notifier_age(&mut self, gpa: u64, size: u64, flush: bool) -> PyResult<bool> {
@@ -232,7 +226,7 @@ impl Vm {
         let pages = pages.map_or_else(|| Ok(Vec::new()), |pages| pages.to_vec(py))?;
         let mut out = Vec::with_capacity(if outcomes { rows.len() } else { 0 });
         let (engine, block) = (&mut self.engine, &mut self.rows);
-        let mut beside = (&mut self.tlb, &mut self.nested);
+        let hardware = &mut self.hardware;
         let totals = py.detach(|| {
             let mut options = RunOptions { first_row, pages: Pages(&pages), no_values: !outcomes };
             let mut totals = RunTotals::default();
@@ -240,9 +234,9 @@ impl Vm {
                 block.clear();
                 block.extend_from_slice(part);
                 totals.add(&if outcomes {
-                    run_block(engine, &mut beside, block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
+                    hardware.run(engine, block, &options, |outcome| out.extend_from_slice(&packed(outcome)))?
                 } else {
-                    run_block(engine, &mut beside, block, &options, |_| {})?
+                    hardware.run(engine, block, &options, |_| {})?
                 });
                 options.first_row += BLOCK as u64;
             }
@@ -262,36 +256,23 @@ impl Vm {
     }
 
     /// Follows TLBs of these sizes from now on, empty ones; `None`: follows none.
-    fn set_tlb(&mut self, sizes: Option<(usize, usize, [usize; 3])>) -> PyResult<()> {
-        let vcpus = self.engine.vcpus().len();
-        let made = sizes.map(|(entries, ways, walk)| ShadowTlb::new(vcpus, TlbSizes { entries, ways, walk }));
-        self.tlb = made.transpose().map_err(errors::config)?;
-        Ok(())
+    fn set_tlb(&mut self, sizes: Option<Sizes>) -> PyResult<()> {
+        self.hardware.set_tlb(self.engine.vcpus().len(), sizes)
     }
 
-    /// The guest runs under nested paging from now on: entries, ways, page-walk caches, nested TLB, warm, level.
-    fn set_nested(&mut self, setup: (usize, usize, [usize; 3], usize, bool, u8)) -> PyResult<()> {
-        if !self.engine.shadow().arena().live().is_empty() {
-            return Err(errors::refused("nested paging: the VM has run under the shadow already".into()));
-        }
-        let (entries, ways, walk, nested_tlb, warm, level) = setup;
-        let sizes = TlbSizes { entries, ways, walk };
-        let setup = NestedSetup { sizes, nested_tlb, warm, level: Level(level) };
-        self.nested = Some(Nested::new(self.engine.vcpus().len(), setup).map_err(errors::config)?);
-        Ok(())
+    /// The guest runs under nested paging from now on.
+    fn set_nested(&mut self, sizes: Sizes, stage: Stage) -> PyResult<()> {
+        self.hardware.set_nested(&self.engine, sizes, stage)
     }
 
     /// The numbers of `NestedStatistics`; `None` under the shadow.
     fn nested_counts(&self) -> Option<Vec<u64>> {
-        let c = self.nested.as_ref()?.counts();
-        let walks = [c.accesses, c.hits, c.misses, c.guest_references, c.host_references];
-        let exits = [c.stage_faults, c.dirty_faults, c.mmio_exits, c.other_exits, c.guest_faults];
-        Some([walks, exits].concat())
+        self.hardware.nested_counts()
     }
 
     /// Accesses, hits, misses, references, flushes; `None` if no TLB is followed.
     fn tlb_counts(&self) -> Option<(u64, u64, u64, u64, u64)> {
-        let counts = self.tlb.as_ref()?.counts();
+        let counts = self.hardware.tlb.as_ref()?.counts();
         Some((counts.accesses, counts.hits, counts.misses, counts.references, counts.flushes))
     }
 
@@ -307,8 +288,7 @@ impl Vm {
             engine: self.engine.clone(),
             failure: self.failure.clone(),
             source: self.source.clone(),
-            tlb: self.tlb.clone().filter(|_| beside),
-            nested: self.nested.clone().filter(|_| beside),
+            hardware: if beside { self.hardware.clone() } else { Hardware::default() },
         }
     }
 
@@ -316,8 +296,7 @@ impl Vm {
     #[pyo3(signature = (snapshot, beside=false))]
     fn go_back(&mut self, snapshot: &Snapshot, beside: bool) -> PyResult<()> {
         if beside {
-            self.tlb.clone_from(&snapshot.tlb);
-            self.nested.clone_from(&snapshot.nested);
+            self.hardware.clone_from(&snapshot.hardware);
         } else if snapshot.engine.vcpus().len() != self.engine.vcpus().len() {
             return Err(errors::refused(format!(
                 "the snapshot is of a VM with {} vCPUs, this one has {}",
@@ -408,21 +387,6 @@ impl Vm {
         };
         let previous = |roots: &[Root]| roots.iter().map(|root| number(root.page())).collect();
         self.engine.vcpus().iter().map(|v| (current(&v.root), previous(&v.prev_roots))).collect()
-    }
-}
-
-/// Runs rows, with the TLBs if they are followed, or under nested paging.
-fn run_block(
-    engine: &mut Engine,
-    beside: &mut (&mut Option<ShadowTlb>, &mut Option<Nested>),
-    rows: &[u8],
-    options: &RunOptions<'_>,
-    each: impl FnMut(&Outcome),
-) -> Result<RunTotals, TraceError> {
-    match beside {
-        (_, Some(nested)) => nested.run(engine, rows, options, each),
-        (Some(tlb), None) => tlb.run(engine, rows, options, each),
-        (None, None) => engine.run(rows, options, each),
     }
 }
 

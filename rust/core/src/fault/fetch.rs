@@ -251,6 +251,7 @@ impl Ctx<'_> {
             let leaf =
                 Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
             let (_, flush) = self.shadow.set_leaf(pos, &leaf);
+            self.shadow.counters.x_prefetched += 1;
             self.pay(flush);
         }
         true

@@ -2,16 +2,20 @@
 //!
 //! Nothing here decides what an access does. With no TLB asked for, a VM does not come here at all.
 
+mod agile;
 mod cache;
 mod nested;
 mod saved;
 mod shadow;
+mod stage;
 #[cfg(test)]
 mod testing;
 mod tlb;
 
+pub use agile::{AgileCounts, AgileSetup};
 pub use nested::{Nested, NestedCounts, NestedSetup, USUAL_NESTED_TLB};
 pub use shadow::{ShadowTlb, TlbCounts};
+pub use stage::HostAct;
 pub use tlb::{Tlb, TlbSizes, USUAL};
 
 use crate::engine::{RunOptions, RunTotals, Vm};

@@ -4,20 +4,20 @@
 //! What is exact: which pages and tables are touched, hence the second stage's faults (one for each unit that is mapped,
 //! `kvm_tdp_mmu_map`, 6.1, which prefetches nothing) and the guest's own. What is a model: TLB and page-walk caches.
 
-use crate::bits::{CR0_PG, CR3_NOFLUSH, CR4_PCIDE, CR4_PGE, EFER_LMA, EFER_LME, PT_G};
+use crate::bits::{CR0_PG, CR3_NOFLUSH, CR4_PCIDE, CR4_PGE, EFER_LMA, EFER_LME, PT_ADDR, PT_G};
 use crate::cpu::{CpuRole, Registers};
 use crate::engine::{RunOptions, RunTotals, Vm, action_of, insn_of, touch_operand};
 use crate::error::{ConfigError, TraceError, refuse};
 use crate::fault::insn::Insn;
 use crate::guest::walk::{GuestWalk, Walker, walk_addr};
-use crate::memory::Slot;
+use crate::mode::Mode;
 use crate::ops::{OpCode, Row};
 use crate::outcome::{Outcome, Status};
+use crate::paging::agile::{Agile, AgileCounts, AgileSetup};
 use crate::paging::run_each;
-use crate::paging::saved::set_in_order;
+use crate::paging::stage::{HostAct, Stage, StageExit};
 use crate::paging::tlb::{Tlb, TlbSizes};
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level};
-use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 
 /// Entries of the nested TLB: 16 (Bhargava, Serebrin, Spadini and Manne, ASPLOS 2008).
@@ -34,6 +34,8 @@ pub struct NestedSetup {
     pub warm: bool,
     /// The level at which the second stage maps: 1 for 4 KiB, 2 for 2 MiB, 3 for 1 GiB.
     pub level: Level,
+    /// Agile paging on top of it.
+    pub agile: Option<AgileSetup>,
 }
 
 /// What nested paging came to.
@@ -61,52 +63,12 @@ pub struct NestedCounts {
     pub guest_faults: u64,
 }
 
-/// The second stage.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Stage {
-    level: Level,
-    warm: bool,
-    /// Units whose state is not that of the start: mapped in a cold one, gone in a warm one.
-    #[serde(serialize_with = "set_in_order")]
-    changed: FxHashSet<u64>,
-    /// Frames that the dirty log lets be written.
-    #[serde(serialize_with = "set_in_order")]
-    writable: FxHashSet<u64>,
-}
-
-impl Stage {
-    const fn unit(&self, gfn: Gfn) -> u64 {
-        gfn.0 >> (9 * (self.level.0 - 1))
-    }
-
-    /// An access comes to a frame. Counts the exits that it takes.
-    fn touch(&mut self, vm: &mut Vm, gfn: Gfn, write: bool, counts: &mut NestedCounts) {
-        let unit = self.unit(gfn);
-        let fresh = self.changed.contains(&unit) == self.warm;
-        if fresh {
-            counts.stage_faults += 1;
-            if self.warm {
-                self.changed.remove(&unit);
-            } else {
-                self.changed.insert(unit);
-            }
-        }
-        if !write {
-            return;
-        }
-        let logged = vm.shadow.memory.slot(gfn).is_some_and(Slot::logs_dirty);
-        if logged && self.writable.insert(gfn.0) && !fresh {
-            counts.dirty_faults += 1;
-        }
-        vm.shadow.memory.mark_dirty(gfn);
-    }
-}
-
 /// Nested paging for all vCPUs of a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Nested {
     cpus: Vec<Tlb>,
     stage: Stage,
+    agile: Option<Agile>,
     counts: NestedCounts,
 }
 
@@ -116,13 +78,20 @@ impl Nested {
     /// # Errors
     /// Sizes that make no cache, or a level that is none.
     pub fn new(vcpus: usize, setup: NestedSetup) -> Result<Self, ConfigError> {
-        let NestedSetup { sizes, nested_tlb, warm, level } = setup;
+        let NestedSetup { sizes, nested_tlb, warm, level, agile } = setup;
         sizes.check()?;
         if !(1..=3).contains(&level.0) {
             return refuse!("second stage: level {} must be 1, 2 or 3", level.0);
         }
-        let stage = Stage { level, warm, changed: FxHashSet::default(), writable: FxHashSet::default() };
-        Ok(Self { cpus: vec![Tlb::nested(sizes, nested_tlb); vcpus], stage, counts: NestedCounts::default() })
+        if agile.is_some_and(|agile| agile.interval == 0) {
+            return refuse!("agile paging: an interval has at least 1 row");
+        }
+        Ok(Self {
+            cpus: vec![Tlb::nested(sizes, nested_tlb); vcpus],
+            stage: Stage::new(level, warm),
+            agile: agile.map(|agile| Agile::new(vcpus, agile)),
+            counts: NestedCounts::default(),
+        })
     }
 
     pub(super) fn cpus(&self) -> &[Tlb] {
@@ -130,7 +99,11 @@ impl Nested {
     }
 
     pub(super) const fn level(&self) -> Level {
-        self.stage.level
+        self.stage.level()
+    }
+
+    pub(super) fn agile_is_whole(&self, vcpus: usize) -> bool {
+        self.agile.as_ref().is_none_or(|agile| agile.is_whole(vcpus))
     }
 
     /// What was counted so far.
@@ -139,56 +112,20 @@ impl Nested {
         self.counts
     }
 
-    /// The host dropped pages.
-    pub fn unmapped(&mut self, gpa: Gpa, size: u64) {
-        let (first, end) = (gpa.gfn().0, gpa.gfn().0 + (size >> 12));
-        if self.stage.warm {
-            let units = self.stage.unit(Gfn(first))..=self.stage.unit(Gfn(end - 1));
-            self.stage.changed.extend(units);
+    /// What agile paging adds; `None` without it.
+    #[must_use]
+    pub fn agile_counts(&self) -> Option<AgileCounts> {
+        self.agile.as_ref().map(Agile::counts)
+    }
+
+    /// The host did something to the VM.
+    pub fn host_did(&mut self, vm: &Vm, act: HostAct<'_>) {
+        if self.stage.host_did(vm, act) {
+            self.cpus.iter_mut().for_each(Tlb::flush_nested);
         }
-        self.forget(first, end);
-    }
-
-    /// A slot was added: a cold second stage does not map it, a warm one maps whatever there is.
-    pub fn added(&mut self, gpa: Gpa, size: u64) {
-        self.forget(gpa.gfn().0, gpa.gfn().0 + (size >> 12));
-    }
-
-    /// What a cold second stage maps of frames goes, and what their log let be written. It looks at what is there, since
-    /// a range may be of any size.
-    fn forget(&mut self, first: u64, end: u64) {
-        let Stage { level, warm, changed, writable } = &mut self.stage;
-        let shift = 9 * (level.0 - 1);
-        if !*warm {
-            changed.retain(|unit| (unit + 1) << shift <= first || unit << shift >= end);
+        if let Some(agile) = &mut self.agile {
+            agile.host_did(act);
         }
-        writable.retain(|gfn| !(first..end).contains(gfn));
-        self.flush();
-    }
-
-    /// A dirty log begins anew: what is written from now on faults once a frame.
-    pub fn protected(&mut self) {
-        self.stage.writable.clear();
-        self.flush();
-    }
-
-    /// A dirty log was read.
-    pub fn log_was_read(&mut self, vm: &Vm) {
-        if !vm.shadow.manual_dirty.enabled {
-            self.protected();
-        }
-    }
-
-    /// Frames were taken out of a dirty log by hand.
-    pub fn protected_frames(&mut self, frames: &[u64]) {
-        for gfn in frames {
-            self.stage.writable.remove(gfn);
-        }
-        self.flush();
-    }
-
-    fn flush(&mut self) {
-        self.cpus.iter_mut().for_each(Tlb::flush_nested);
     }
 
     /// Runs rows as the hardware and a hypervisor with nested paging would; no shadow table is made.
@@ -208,6 +145,9 @@ impl Nested {
     fn step(&mut self, vm: &mut Vm, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
         let number = usize::from(row.vcpu);
         vm.check_vcpu(number).map_err(|e| TraceError { index, reason: e.0 })?;
+        if self.agile.as_mut().is_some_and(Agile::tick) {
+            self.flush();
+        }
         if let Some(action) = action_of(row.op) {
             let insn = insn_of(row, action, None).map_err(|reason| TraceError { index, reason })?;
             return Ok(self.instruction(vm, number, &insn).unwrap_or_else(|outcome| outcome));
@@ -226,12 +166,8 @@ impl Nested {
             OpCode::Hlt | OpCode::Io => self.counts.other_exits += 1,
             _ => {
                 let outcome = vm.step(row, options, index)?;
-                match row.op {
-                    OpCode::Unmap => self.unmapped(Gpa(row.addr), row.value),
-                    OpCode::GetDirtyLog => self.log_was_read(vm),
-                    OpCode::SetDirtyLog => self.protected(),
-                    OpCode::SlotAdd => self.added(Gpa(row.addr), row.value),
-                    _ => {}
+                if let Some(act) = host_act(row) {
+                    self.host_did(vm, act);
                 }
                 return Ok(outcome);
             }
@@ -262,6 +198,9 @@ impl Nested {
             return Outcome::of(Status::GeneralProtection);
         }
         vm.vcpus[number].regs.cr3 = value;
+        if let Some(agile) = &mut self.agile {
+            agile.load_root(number, Gpa(value & PT_ADDR));
+        }
         if vm.vcpus[number].regs.pae_paging() {
             let at = value & 0xffff_ffe0;
             vm.vcpus[number].pdptes = std::array::from_fn(|i| vm.shadow.memory.host.read(Gpa(at + 8 * i as u64), 8));
@@ -279,7 +218,7 @@ impl Nested {
         let mut frames = [None; 2];
         for (frame, (gva, size)) in frames.iter_mut().zip(insn.pieces()) {
             if size > 0 {
-                *frame = Some(self.translate(vm, number, gva, insn, kind)?);
+                *frame = Some(self.translate(vm, number, (gva, size), insn, kind)?);
             }
         }
         Ok(Outcome::done(touch_operand(&mut vm.shadow.memory.host, insn, frames)))
@@ -290,7 +229,7 @@ impl Nested {
         &mut self,
         vm: &mut Vm,
         number: usize,
-        gva: Gva,
+        (gva, size): (Gva, u8),
         insn: &Insn,
         kind: AccessKind,
     ) -> Result<Gfn, Outcome> {
@@ -307,6 +246,9 @@ impl Nested {
             let (memory, events) = (&mut vm.shadow.memory, &mut vm.shadow.events);
             if let Err(fault) = walk_addr(memory, events, &walker, (gva, code), &mut walk) {
                 self.counts.guest_faults += 1;
+                if let Some(agile) = &mut self.agile {
+                    agile.fault(&walk, &vcpu.role);
+                }
                 vcpu.cr2 = fault.address.0;
                 return Err(Outcome::page_fault(fault.address.0, fault.code));
             }
@@ -316,40 +258,109 @@ impl Nested {
             self.counts.mmio_exits += 1;
             return Err(Outcome { address: walk.gfn.gpa().0 | gva.offset(), ..Outcome::of(Status::Mmio) });
         }
-        self.count(vm, number, gva, &walk, write);
+        if write && self.emulates(vm, number, &walk, (gva.offset(), size)) {
+            self.count(vm, number, gva, &walk, false);
+            vm.shadow.memory.mark_dirty(walk.gfn);
+        } else {
+            self.count(vm, number, gva, &walk, write);
+        }
         Ok(walk.gfn)
+    }
+
+    /// Whether a store must be emulated, for it goes to a table that agile paging shadows.
+    fn emulates(&mut self, vm: &Vm, number: usize, walk: &GuestWalk, bytes: (u64, u8)) -> bool {
+        let Some(agile) = &mut self.agile else { return false };
+        let Some(dropped) = agile.store(walk.gfn, bytes, vm.vcpus[number].role.mode.entry_bytes) else { return false };
+        if dropped {
+            self.flush();
+        }
+        true
+    }
+
+    /// The guest's translations go; those of the second stage stay.
+    fn flush(&mut self) {
+        self.cpus.iter_mut().for_each(Tlb::flush_all);
     }
 
     /// What the hardware did for an access that goes through.
     fn count(&mut self, vm: &mut Vm, number: usize, gva: Gva, walk: &GuestWalk, write: bool) {
-        let Self { cpus, stage, counts } = self;
-        let (tlb, vcpu) = (&mut cpus[number], &vm.vcpus[number]);
-        let (pcid, top) = (vcpu.pcid(), vcpu.role.mode.top);
+        let vcpu = &vm.vcpus[number];
+        let (mode, pcid) = (vcpu.role.mode, vcpu.pcid());
         let pge = vcpu.regs.cr4 & CR4_PGE != 0;
-        counts.accesses += 1;
-        if tlb.hit(gva, pcid, write) {
-            counts.hits += 1;
+        self.counts.accesses += 1;
+        if self.cpus[number].hit(gva, pcid, write) {
+            self.counts.hits += 1;
             return;
         }
-        counts.misses += 1;
-        let depth = u64::from(5 - stage.level.0);
-        let mut global = false;
-        if top.0 > 0 {
+        self.counts.misses += 1;
+        let (mut shadowed, mut filled, mut global) = (false, false, false);
+        if mode.has_tables() {
+            let start = self.cpus[number].begin_walk(gva, pcid, (mode.top, mode.index_bits), walk.level);
             let leaf = walk.steps[usize::from(walk.level.0) - 1];
-            global = pge && leaf.pte.0 & PT_G != 0;
-            let start = tlb.begin_walk(gva, pcid, top, walk.level);
-            for level in (walk.level.0..=start.0).rev() {
-                let table = walk.steps[usize::from(level) - 1].table;
-                // The CPU may set A there: to the second stage a walk's read is a write (APM vol. 2 section 15.25.5).
-                stage.touch(vm, table, true, counts);
-                counts.host_references += if tlb.nested_hit(stage.unit(table)) { 0 } else { depth };
-                counts.guest_references += 1;
-            }
+            let at = self.changeover(mode, gva, walk, &mut filled);
+            self.walk_tables(vm, number, walk, start, at);
+            shadowed = at.0 == 0;
+            global = pge && leaf.pte.0 & PT_G != 0 && !shadowed;
         }
-        stage.touch(vm, walk.gfn, write, counts);
-        counts.host_references += depth;
+        if !shadowed {
+            self.counts.host_references += self.stage.depth();
+        } else if let Some(agile) = &mut self.agile {
+            agile.note_references(u64::from(walk.level.0.saturating_sub(self.stage.level().0)));
+        }
+        let exit = self.stage.touch(vm, walk.gfn, write);
+        // The exit that fills the shadow brings the page, too.
+        self.note(if filled { StageExit::None } else { exit });
         // A page is kept at the smaller of its two sizes.
-        tlb.fill(gva, pcid, walk.level.min(stage.level).max(Level::PT), (global, write));
+        let level = walk.level.min(self.stage.level()).max(Level::PT);
+        self.cpus[number].fill(gva, pcid, level, (global, write));
+    }
+
+    /// The level of the first table that the CPU reads itself: the top without agile paging, 0 if the whole walk is in
+    /// the shadow.
+    fn changeover(&mut self, mode: &Mode, gva: Gva, walk: &GuestWalk, filled: &mut bool) -> Level {
+        let Some(agile) = &mut self.agile else { return mode.top };
+        let at = agile.changeover(walk, mode.top, walk.level);
+        *filled = agile.fill(walk, mode, gva, (at, walk.level.min(self.stage.level())));
+        at
+    }
+
+    /// The tables of a walk from level `start` on: shadow tables above the changeover, the guest's own from there.
+    fn walk_tables(&mut self, vm: &mut Vm, number: usize, walk: &GuestWalk, start: Level, at: Level) {
+        for level in (walk.level.0..=start.0).rev() {
+            let table = walk.steps[usize::from(level) - 1].table;
+            if level > at.0 {
+                self.agile.iter_mut().for_each(|agile| agile.note_references(1));
+                continue;
+            }
+            // The CPU may set A there: to the second stage a walk's read is a write (APM vol. 2 section 15.25.5).
+            let exit = self.stage.touch(vm, table, true);
+            self.note(exit);
+            // What changes over (a shadow entry, or the root's pair) names the table's own frame.
+            let named = self.agile.is_some() && level == at.0;
+            let known = named || self.cpus[number].nested_hit(self.stage.unit(table));
+            self.counts.host_references += if known { 0 } else { self.stage.depth() };
+            self.counts.guest_references += 1;
+        }
+    }
+
+    const fn note(&mut self, exit: StageExit) {
+        match exit {
+            StageExit::None => {}
+            StageExit::Fault => self.counts.stage_faults += 1,
+            StageExit::Dirty => self.counts.dirty_faults += 1,
+        }
+    }
+}
+
+/// What a row of the host's does to the second stage.
+const fn host_act(row: &Row) -> Option<HostAct<'static>> {
+    match row.op {
+        OpCode::Unmap => Some(HostAct::Dropped(Gpa(row.addr), row.value)),
+        OpCode::GetDirtyLog => Some(HostAct::LogRead),
+        OpCode::SetDirtyLog => Some(HostAct::LogSet),
+        OpCode::SlotAdd => Some(HostAct::SlotAdded(Gpa(row.addr), row.value)),
+        OpCode::SlotDel => Some(HostAct::SlotGone),
+        _ => None,
     }
 }
 
@@ -360,7 +371,7 @@ mod tests {
     use crate::paging::tlb::USUAL;
 
     const BARE: NestedSetup =
-        NestedSetup { sizes: USUAL.without_walk_caches(), nested_tlb: 0, warm: false, level: Level::PT };
+        NestedSetup { sizes: USUAL.without_walk_caches(), nested_tlb: 0, warm: false, level: Level::PT, agile: None };
 
     fn run(vm: &mut Vm, setup: NestedSetup, rows: &[Row]) -> (NestedCounts, Vec<Outcome>) {
         let (mut nested, mut outcomes) = (Nested::new(1, setup).unwrap(), Vec::new());
@@ -400,13 +411,15 @@ mod tests {
         let (mut shadow, mut outcomes) = (guest(), Vec::new());
         let bytes: Vec<_> = rows.iter().flat_map(Row::encode).collect();
         shadow.run(&bytes, &RunOptions::default(), |outcome| outcomes.push(*outcome)).unwrap();
-        let mut nested = guest();
-        let (counts, same) = run(&mut nested, BARE, &rows);
-        assert_eq!(outcomes, same);
-        assert_eq!(counts.guest_faults, outcomes.iter().filter(|o| o.status == Status::PageFault).count() as u64);
         let all = |vm: &Vm| vm.read_memory(Gpa(0), 16 << 20).unwrap();
-        assert_eq!(all(&shadow), all(&nested));
-        assert!(nested.shadow().arena().live().is_empty());
+        for agile in [None, Some(AgileSetup { interval: 50, roots: 8 })] {
+            let mut nested = guest();
+            let (counts, same) = run(&mut nested, NestedSetup { agile, ..BARE }, &rows);
+            assert_eq!(outcomes, same);
+            assert_eq!(counts.guest_faults, outcomes.iter().filter(|o| o.status == Status::PageFault).count() as u64);
+            assert_eq!(all(&shadow), all(&nested));
+            assert!(nested.shadow().arena().live().is_empty());
+        }
     }
 
     #[test]

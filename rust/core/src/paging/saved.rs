@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A hash map in the order of its keys: the same state gives the same bytes.
-pub(super) fn in_order<S: Serializer>(map: &FxHashMap<u64, u32>, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn in_order<V: Serialize, S: Serializer>(map: &FxHashMap<u64, V>, to: S) -> Result<S::Ok, S::Error> {
     map.iter().collect::<BTreeMap<_, _>>().serialize(to)
 }
 
@@ -39,6 +39,7 @@ impl Nested {
     /// It cannot.
     pub fn check_bounds(&self, vcpus: usize) -> Result<(), InvariantError> {
         InvariantError::unless((1..=3).contains(&self.level().0), "a second stage of an impossible level")?;
+        InvariantError::unless(self.agile_is_whole(vcpus), "agile paging for another number of vCPUs")?;
         check_cpus(self.cpus(), vcpus)
     }
 }
@@ -53,7 +54,7 @@ mod tests {
     fn caches_of_other_sizes_are_refused() {
         let tlb = ShadowTlb::new(2, USUAL).unwrap();
         assert!(tlb.check_bounds(2).is_ok() && tlb.check_bounds(1).is_err());
-        let setup = NestedSetup { sizes: USUAL, nested_tlb: 16, warm: false, level: Level::PT };
+        let setup = NestedSetup { sizes: USUAL, nested_tlb: 16, warm: false, level: Level::PT, agile: None };
         let nested = Nested::new(2, setup).unwrap();
         assert!(nested.check_bounds(2).is_ok() && nested.check_bounds(3).is_err());
     }

@@ -106,7 +106,7 @@ impl ShadowTlb {
             return;
         }
         let (_, leaf) = vm.shadow().walk_down(table, gva);
-        let start = tlb.begin_walk(gva, pcid, vm.shadow().arena()[table].level(), leaf);
+        let start = tlb.begin_walk(gva, pcid, (vm.shadow().arena()[table].level(), 9), leaf);
         self.counts.misses += 1;
         self.counts.references += u64::from(start.0 - leaf.0 + 1);
         tlb.fill(gva, pcid, leaf, (false, write));

@@ -142,11 +142,11 @@ impl Tlb {
         self.pages.put(Self::tag(gva, level.min(Level(3))), space, if write { WRITTEN } else { 0 });
     }
 
-    /// The level of the table where a walk from `top` down to a leaf of `leaf` begins; the tables above it are kept from
-    /// earlier walks. What the walk goes through is kept.
-    pub fn begin_walk(&mut self, gva: Gva, pcid: u64, top: Level, leaf: Level) -> Level {
+    /// The level of the table where a walk down to a leaf of `leaf` begins; the tables above it are kept from earlier
+    /// walks. What the walk goes through is kept. The tables have their top level and so many index bits each.
+    pub fn begin_walk(&mut self, gva: Gva, pcid: u64, (top, index_bits): (Level, u32), leaf: Level) -> Level {
         let space = self.spaces.of(pcid);
-        let tag = |level: u8| gva.0 >> (12 + 9 * u32::from(level));
+        let tag = |level: u8| gva.0 >> (12 + index_bits * u32::from(level));
         let highest = top.0.min(4);
         let start =
             (leaf.0..highest).find(|level| self.walk[usize::from(*level) - 1].get(tag(*level), space).is_some());
@@ -198,6 +198,7 @@ mod tests {
     use super::*;
 
     const PAGE: Gva = Gva(0x7fff_1234_5000);
+    const LEVELS: (Level, u32) = (Level(4), 9);
 
     #[test]
     fn a_store_walks_until_the_page_was_written() {
@@ -223,12 +224,19 @@ mod tests {
     #[test]
     fn a_second_walk_nearby_begins_at_the_last_table() {
         let mut tlb = Tlb::new(USUAL);
-        assert_eq!(tlb.begin_walk(PAGE, 1, Level(4), Level::PT), Level(4));
-        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + 0x1000), 1, Level(4), Level::PT), Level(1));
-        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, Level(4), Level::PT), Level(2));
-        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, Level(4), Level::PD), Level(2), "a large page there");
+        assert_eq!(tlb.begin_walk(PAGE, 1, LEVELS, Level::PT), Level(4));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + 0x1000), 1, LEVELS, Level::PT), Level(1));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, LEVELS, Level::PT), Level(2));
+        assert_eq!(tlb.begin_walk(Gva(PAGE.0 + (1 << 21)), 1, LEVELS, Level::PD), Level(2), "a large page there");
+        let (mut wide, two) = (Tlb::new(USUAL), (Level(2), 10));
+        assert_eq!(wide.begin_walk(PAGE, 1, two, Level::PT), Level(2));
+        assert_eq!(
+            wide.begin_walk(Gva(PAGE.0 ^ 1 << 21), 1, two, Level::PT),
+            Level(1),
+            "a table of 32-bit paging: 4 MiB"
+        );
         let mut none = Tlb::new(USUAL.without_walk_caches());
-        none.begin_walk(PAGE, 1, Level(4), Level::PT);
-        assert_eq!(none.begin_walk(PAGE, 1, Level(4), Level::PT), Level(4));
+        none.begin_walk(PAGE, 1, LEVELS, Level::PT);
+        assert_eq!(none.begin_walk(PAGE, 1, LEVELS, Level::PT), Level(4));
     }
 }

@@ -149,6 +149,7 @@ impl Shadow {
         if self.spte(pos) == Spte::EMPTY
             && let Some(flush) = self.set_plain_leaf::<true>(pos, gfn, access, 0)
         {
+            self.counters.x_prefetched += 1;
             return (true, flush);
         }
         if !self.prefetchable(gfn, access, stop_at_dirty_log) {
@@ -156,6 +157,7 @@ impl Shadow {
         }
         let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
         let (_, flush) = self.set_leaf(pos, &leaf);
+        self.counters.x_prefetched += 1;
         (true, flush)
     }
 

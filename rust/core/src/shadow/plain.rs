@@ -189,6 +189,7 @@ impl Shadow {
         }
         page.used[word] |= made;
         self.counters.pages_4k += u64::from(made.count_ones());
+        self.counters.x_prefetched += u64::from(made.count_ones());
         if let Some((gfn, before)) = grown {
             *owed += self.rmap_grew(gfn, Level::PT, before);
         }

@@ -135,6 +135,7 @@ impl Shadow {
             return Some(false);
         }
         self.read_gpte_atomic(table, 0, bytes)?;
+        self.counters.x_synced_entries += used.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
         let contents = self.memory.host.contents(table);
         let (mut rest, mut flush) = (used, false);
         if !self.memory.slots().iter().any(Slot::logs_dirty) {

@@ -1,0 +1,126 @@
+"""The verb of this package: ``shadowkvm compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from cyclopts import App, Parameter
+
+from shadowkvm._core import MODEL_VERSION
+from shadowkvm.compare.page import as_html
+from shadowkvm.compare.runs import Variant, compare
+from shadowkvm.compare.texts import as_csv, as_json, as_tables
+from shadowkvm.costs import PRESETS, load_costs
+from shadowkvm.mmus import Mmu
+from shadowkvm.scenario_options import ScaleOption, SeedOption, SetOption, build_scenario, words_of
+from shadowkvm.terminal import (
+    OutputOption,
+    QuietOption,
+    UsageError,
+    check_folder,
+    emit,
+    part_progress,
+    say,
+)
+from shadowkvm.workloads import Scenario
+
+__all__ = ["add_verbs"]
+
+_SUFFIXES: Final = {".json": "json", ".csv": "csv", ".html": "html"}
+_FORMATS: Final = ("table", "json", "csv", "html")
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UsageError(f"{text!r}: names are expected, with a comma between two")
+    return words
+
+
+def add_verbs(app: App) -> None:
+    """Hang the verb of this module into the command line."""
+    lines = (
+        "Examples:",
+        "",
+        "    shadowkvm compare fork_exit --mmu shadow,nested,nested:warm,agile",
+        "    shadowkvm compare mmap_cycle --mmu shadow,nested --policy kvm,no_unsync -o report.html",
+        "    shadowkvm compare examples/recordings/fork20-demote64.npz --policy kvm,no_unsync,no_prefetch",
+        "    shadowkvm compare guest.npz --model-version linux-6.1,linux-6.12 -o compare.json",
+    )
+    app.command(compare_verb, name="compare", help_epilogue="\n".join(lines))
+
+
+def _variants(
+    mmus: Sequence[str], policies: Sequence[str], versions: Sequence[str], profiles: Sequence[str]
+) -> list[Variant]:
+    """Every combination. Policies and kernels are those of shadow paging, so another MMU is run once a profile."""
+    out = []
+    for mmu in map(Mmu.parse, mmus):
+        if mmu.kind == "shadow":
+            out += [Variant(*words, mmu=mmu) for words in product(versions, policies, profiles)]
+        else:
+            out += [Variant(profile=profile, mmu=mmu) for profile in profiles]
+    return out
+
+
+def compare_verb(
+    what: str,
+    /,
+    *,
+    mmu: Annotated[str, Parameter(help="MMUs, see: shadowkvm costs mmus.")] = "shadow",
+    policy: Annotated[str, Parameter(help="Policies of shadow paging, see: shadowkvm policy list.")] = "kvm",
+    model_version: Annotated[str, Parameter(help="Kernels whose rules hold.")] = MODEL_VERSION,
+    profile: Annotated[str, Parameter(help="CPUs: zen, qemu-tcg.")] = "zen",
+    costs: Annotated[
+        str, Parameter(help="What events take: a preset (shadowkvm costs list), or a TOML file.")
+    ] = PRESETS[0],
+    scale: ScaleOption = 1.0,
+    seed: SeedOption = 1,
+    settings: SetOption = None,
+    format_: Annotated[
+        Literal["table", "json", "csv", "html"] | None,
+        Parameter(
+            name="--format", help="table, json, csv or html (a page with plots); else what the suffix of -o says."
+        ),
+    ] = None,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+) -> int:
+    """Run one workload or trace under several MMUs, policies, kernels or CPUs, and set what they cost side by side.
+
+    Each option takes several names with a comma between two; every combination is run. The first one is what the others
+    are held against: "+3.0%" is 3 percent more, "=" the same. Events are exact; time is modelled from a table of costs.
+    Exit status 1: an access went otherwise than the recording or the workload's own tables say.
+
+    Parameters
+    ----------
+    what
+        A workload (shadowkvm workload list), a recording (.npz), or a trace saved by numpy.save (.npy).
+    """
+    chosen = format_ or (_SUFFIXES.get(output.suffix) if output else None) or "table"
+    check_folder(output)
+    table = load_costs(costs)
+    variants = _variants(_words(mmu), _words(policy), _words(model_version), _words(profile))
+    source: Path | Scenario
+    if Path(what).suffix in {".npz", ".npy"}:
+        if settings or scale != 1.0 or seed != 1:
+            raise UsageError("--scale, --seed and --set are for workloads, and a trace is given")
+        source = Path(what)
+    else:
+        source = build_scenario(what, scale, seed, settings)
+    with part_progress("compare", quiet=quiet) as tick:
+        done = compare(source, variants, costs=table, progress=lambda part: tick(0, part))
+    command = ["shadowkvm", "compare", what, "--mmu", mmu, "--policy", policy, "--costs", costs]
+    command += words_of(scale, seed, settings) if isinstance(source, Scenario) else []
+    texts: dict[str, Callable[[], str]] = {
+        "json": lambda: as_json(done),
+        "csv": lambda: as_csv(done),
+        "html": lambda: as_html(done, command),
+    }
+    emit(texts[chosen]() if chosen in texts else as_tables(done), output)
+    if done.mismatches:
+        say(f"{done.mismatches:,} accesses went otherwise than they should")
+    return int(done.mismatches > 0)

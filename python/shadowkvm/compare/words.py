@@ -1,0 +1,136 @@
+"""How a comparison is told, in tables and on pages alike: times, ratios, sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from shadowkvm.compare.runs import Comparison, Ran
+from shadowkvm.costs import CAUSES, Cause
+
+__all__ = [
+    "CROSSED",
+    "EXACT",
+    "against",
+    "causes",
+    "crossing_lines",
+    "per_unit",
+    "prices",
+    "sentence",
+    "spread",
+    "time_unit",
+    "what_ran",
+]
+
+EXACT: Final = (
+    (
+        "exact",
+        "exits, faults, emulated stores, resyncs, zaps: each follows from the guest's own accesses and KVM's rules",
+    ),
+    ("modelled", "TLB misses and what a walk reads: caches of the usual sizes, least recently used goes first"),
+    ("modelled", "time: events times what each takes by the cost table; the guest's own work is not in it"),
+)
+"""What of a comparison is measured and what is not."""
+
+CROSSED: Final = {"exit": "an exit and entry", "walk_reference": "an entry that a page walk reads"}
+"""The costs that crossings are looked for in, and how they are called."""
+
+_UNITS: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+# Crossings beyond what any machine takes are not told.
+_LEAST, _MOST = 1.0, 1e6
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit in which a time is a number from 1 on: (its seconds, its name)."""
+    return next((unit for unit in _UNITS if seconds >= unit[0]), _UNITS[-1])
+
+
+def against(base: float, value: float) -> str:
+    """How a value stands to the first variant's."""
+    if value == base:
+        return "="
+    if not base:
+        return "new"
+    if not value:
+        return "gone"
+    ratio = value / base
+    return f"{ratio:.3g}x" if ratio >= 2 else f"{ratio - 1:+.1%}"
+
+
+def causes(comparison: Comparison) -> list[Cause]:
+    """The causes that anything went to."""
+    return [cause for cause in CAUSES if any(run.account.share(cause.name) for run in comparison.runs)]
+
+
+def per_unit(comparison: Comparison, value: float) -> float | None:
+    """A value for each unit of a workload's work; None of a trace."""
+    units = comparison.about.get("units")
+    return value / units if units else None
+
+
+def what_ran(comparison: Comparison) -> str:
+    """What was run, in one line."""
+    about = comparison.about
+    words = [f"{about['rows']:,} rows", about["mode"]]
+    if "units" in about:
+        words = [f"{about['units']:,g} x {about['unit']}", *words, f"scale {about['scale']:g}, seed {about['seed']}"]
+    return f"{about['name']}: {', '.join(words)}"
+
+
+def sentence(comparison: Comparison) -> str:
+    """The answer in a sentence."""
+    names = comparison.names()
+    order = sorted(range(len(names)), key=lambda i: comparison.runs[i].account.cycles)
+    best, worst = order[0], order[-1]
+    if len(names) == 1:
+        return f"{names[0]} takes {_time(comparison.runs[0])}, {_most(comparison.runs[0])}."
+    told = f"Cheapest is {names[best]} with {_time(comparison.runs[best])}"
+    if comparison.runs[best].account.cycles:
+        ratio = comparison.runs[worst].account.cycles / comparison.runs[best].account.cycles
+        told += f"; {names[worst]} takes {_time(comparison.runs[worst])}, {ratio:,.3g} times as long"
+    else:
+        told += f"; {names[worst]} takes {_time(comparison.runs[worst])}"
+    return f"{told}, {_most(comparison.runs[worst])}."
+
+
+def _time(run: Ran) -> str:
+    size, unit = time_unit(run.account.seconds)
+    return f"{run.account.seconds / size:.3g} {unit}"
+
+
+def _most(run: Ran) -> str:
+    top = max(run.account.shares, key=lambda share: share.cycles)
+    return (
+        f"most of it ({run.account.share(top.cause.name):.0%}) for {top.cause.label}"
+        if top.cycles
+        else "no time at all"
+    )
+
+
+def crossing_lines(comparison: Comparison, cost: str, limit: int | None = None) -> Iterator[str]:
+    """A sentence for each place where two variants change places as a cost changes, the nearest first."""
+    names = comparison.names()
+    here = max(prices(comparison, cost))
+    found = [(i, j, x) for i, j, x in comparison.crossings(cost) if _LEAST <= x <= _MOST]
+    found.sort(key=lambda item: abs(math.log(item[2] / here)) if here else item[2])
+    for i, j, x in found[:limit]:
+        yield f"{names[i]} and {names[j]} change places at {x:,.0f} cycles: below, {names[i]} is the cheaper one"
+
+
+def prices(comparison: Comparison, cost: str) -> dict[float, str]:
+    """What a cost is in the table, and for whom: exits may take longer under nested paging."""
+    if cost != "exit":
+        return {comparison.costs[cost]: comparison.costs.name}
+    kinds = dict.fromkeys(run.account.events.exit_cost for run in comparison.runs)
+    found: dict[float, list[str]] = {}
+    for kind in kinds:
+        found.setdefault(comparison.costs[kind], []).append(kind)
+    one = len(found) == 1
+    return {price: comparison.costs.name + ("" if one else f": {names[0]}") for price, names in found.items()}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the greatest of what is not 0; (1, 1) of nothing."""
+    found = [value for value in values if value > 0]
+    return (min(found), max(found)) if found else (1.0, 1.0)
