@@ -55,6 +55,8 @@ class NestedStatistics(NamedTuple):
     """Agile paging: tables that came back."""
     intervals: int
     """Agile paging: looks at the tables."""
+    prefetched: int
+    """Agile paging: shadow entries that a fill brought beside the one that was needed."""
 
     @property
     def exits(self) -> int:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from shadowkvm.counters import COUNTER_INFO
 from shadowkvm.report import rate_text, table
-from shadowkvm.workloads import Parameter, ScenarioResult, Workload
+from shadowkvm.workloads import START, Parameter, ScenarioResult, Workload
 
 __all__ = ["RUN_SCHEMA", "SHOW_SCHEMA", "about", "about_json", "as_csv", "as_json", "as_tables"]
 
@@ -180,7 +180,7 @@ def _number(value: float) -> str:
 
 
 def _counter_table(result: ScenarioResult) -> RenderableType:
-    start = result.phases.get("start")
+    start = result.phases.get(START)
     rows = []
     for label, name in _LINES:
         total = result.ops.get(name, 0) if name.isupper() else result.counters[name]

@@ -1,4 +1,4 @@
-"""docs/guests.md, docs/translate.md, docs/workloads.md: generated parts, examples and their output, commands, links."""
+"""Pages of docs/: generated parts, examples and their output, commands, links."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from shadowkvm.workloads import entries
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
+    "compare.md",
     "embedding.md",
     "explain.md",
     "guests.md",
+    "nested.md",
     "policies.md",
     "results.md",
     "translate.md",
@@ -62,14 +64,14 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     lines += [line for line in re.findall(r"`(shadowkvm [^`]*)`", text) if not line.endswith("list")]
     monkeypatch.chdir(tmp_path)
-    if page == "translate.md":
-        run_blocks(page)  # they write the dump
+    if page in {"compare.md", "translate.md"}:
+        run_blocks(page)  # they write the files
     for line in lines:
         words = line.split()
         assert words[0] == "shadowkvm"
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main(words[1:]) == 0, line
-    assert page in {"embedding.md", "guests.md", "results.md"} or lines
+    assert page in {"embedding.md", "guests.md", "nested.md", "results.md"} or lines
 
 
 @pytest.mark.parametrize("page", PAGES)

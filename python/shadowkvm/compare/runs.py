@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import sub
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from shadowkvm.replay import fresh_vm, open_trace, told_of
 from shadowkvm.tlb import TlbStatistics
 from shadowkvm.trace import Recording
 from shadowkvm.vm import Vm
-from shadowkvm.workloads import Scenario
+from shadowkvm.workloads import START, Scenario, Step
 
 __all__ = ["Comparison", "Progress", "Ran", "Variant", "compare"]
 
@@ -156,6 +157,7 @@ def compare(
     variants: Sequence[Variant],
     *,
     costs: CostTable | None = None,
+    steady: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run a trace or a workload once for each variant, each on a fresh VM, TLBs followed.
@@ -164,10 +166,11 @@ def compare(
         what: path of a recording (.npz) or a trace (.npy), or a `Scenario`.
         variants: at least one; the first is what the others are compared with.
         costs: what events take; None: the preset "zen3".
+        steady: of a workload, leave its phase "start" out, in which tables are first built or mapped.
         progress: called with the part that is done, 0 to 1, over all variants.
 
     Raises:
-        ConfigError: no variant, one that is there twice, or a setting that cannot be.
+        ConfigError: no variant, one that is there twice, or a setting that cannot be; ``steady`` of a trace.
         TraceError: as `replay`.
 
     >>> from shadowkvm.compare import Variant, compare
@@ -180,6 +183,8 @@ def compare(
         raise ConfigError("there is nothing to compare: name at least one variant")
     if twice := next((v for i, v in enumerate(variants) if v in variants[:i]), None):
         raise ConfigError(f"variant {twice} is there twice")
+    if steady and not isinstance(what, Scenario):
+        raise ConfigError("steady is for workloads: a trace has no phase start")
     table = costs or load_costs()
     about: dict[str, Any] = {}
     runs = []
@@ -190,7 +195,7 @@ def compare(
                 progress((number + part) / len(variants))
 
         if isinstance(what, Scenario):
-            about, ran = _run_scenario(what, variant, table, step)
+            about, ran = _run_scenario(what, variant, table, step, steady=steady)
         else:
             about, ran = _run_trace(what, variant, table, step)
         runs.append(ran)
@@ -202,14 +207,32 @@ def _settings(variant: Variant) -> dict[str, Any]:
 
 
 def _run_scenario(
-    scenario: Scenario, variant: Variant, table: CostTable, progress: Progress
+    scenario: Scenario, variant: Variant, table: CostTable, progress: Progress, *, steady: bool
 ) -> tuple[dict[str, Any], Ran]:
     vm = scenario.vm(**_settings(variant))
     variant.mmu.set(vm)
-    result = scenario.run(vm, progress=lambda done, total: progress(done / total if total else 1.0))
-    mode = str(scenario.values["mode"])
-    about = {**scenario.to_dict(), "name": scenario.workload.name, "mode": mode, "memory": scenario.memory}
-    return {**about, "rows": result.rows}, _ran(vm, variant, table, result.ops, result.mismatches)
+    left_out = _Counts.of(vm)
+
+    def each(vm: Vm, step: Step) -> None:
+        nonlocal left_out
+        if steady and step.phase == START:
+            left_out = _Counts.of(vm)
+
+    result = scenario.run(vm, each=each, progress=lambda done, total: progress(done / total if total else 1.0))
+    phases = [phase for name, phase in result.phases.items() if not (steady and name == START)]
+    ops: dict[str, int] = {}
+    for phase in phases:
+        for name, count in phase.ops.items():
+            ops[name] = ops.get(name, 0) + count
+    about = {
+        **scenario.to_dict(),
+        "name": scenario.workload.name,
+        "mode": str(scenario.values["mode"]),
+        "memory": scenario.memory,
+        "rows": sum(phase.rows for phase in phases),
+        "steady": steady,
+    }
+    return about, _ran(_Counts.of(vm) - left_out, variant, table, ops, result.mismatches)
 
 
 def _run_trace(path: Path | str, variant: Variant, table: CostTable, progress: Progress) -> tuple[dict[str, Any], Ran]:
@@ -231,10 +254,31 @@ def _run_trace(path: Path | str, variant: Variant, table: CostTable, progress: P
             source.close()
     wrong = result.faults_missed + result.faults_unexpected if isinstance(source, Recording) else 0
     counts = {op.name: int(ops[op]) for op in Op if ops[op]}
-    return about, _ran(vm, variant, table, counts, wrong)
+    return about, _ran(_Counts.of(vm), variant, table, counts, wrong)
 
 
-def _ran(vm: Vm, variant: Variant, table: CostTable, ops: dict[str, int], mismatches: int) -> Ran:
-    counters, tlb, nested = vm.counters, vm.tlb, vm.nested
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """All that was counted up to a moment."""
+
+    counters: Counters
+    tlb: TlbStatistics | None
+    nested: NestedStatistics | None
+
+    @classmethod
+    def of(cls, vm: Vm) -> Self:
+        return cls(vm.counters, vm.tlb, vm.nested)
+
+    def __sub__(self, before: Self) -> Self:
+        tlb, nested = self.tlb, self.nested
+        return type(self)(
+            self.counters - before.counters,
+            TlbStatistics(*map(sub, tlb, before.tlb)) if tlb and before.tlb else None,
+            NestedStatistics(*map(sub, nested, before.nested)) if nested and before.nested else None,
+        )
+
+
+def _ran(counts: _Counts, variant: Variant, table: CostTable, ops: dict[str, int], mismatches: int) -> Ran:
+    counters, tlb, nested = counts.counters, counts.tlb, counts.nested
     events = shadow_events(counters, ops, tlb) if nested is None else nested_events(nested, ops)
     return Ran(variant, sum(ops.values()), ops, counters, tlb, nested, mismatches, account(events, table))

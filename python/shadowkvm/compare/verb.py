@@ -80,6 +80,12 @@ def compare_verb(
     scale: ScaleOption = 1.0,
     seed: SeedOption = 1,
     settings: SetOption = None,
+    steady: Annotated[
+        bool,
+        Parameter(
+            negative="", show_default=False, help="Without the phase in which a workload's tables are first built."
+        ),
+    ] = False,
     format_: Annotated[
         Literal["table", "json", "csv", "html"] | None,
         Parameter(
@@ -106,15 +112,16 @@ def compare_verb(
     variants = _variants(_words(mmu), _words(policy), _words(model_version), _words(profile))
     source: Path | Scenario
     if Path(what).suffix in {".npz", ".npy"}:
-        if settings or scale != 1.0 or seed != 1:
-            raise UsageError("--scale, --seed and --set are for workloads, and a trace is given")
+        if settings or scale != 1.0 or seed != 1 or steady:
+            raise UsageError("--scale, --seed, --set and --steady are for workloads, and a trace is given")
         source = Path(what)
     else:
         source = build_scenario(what, scale, seed, settings)
     with part_progress("compare", quiet=quiet) as tick:
-        done = compare(source, variants, costs=table, progress=lambda part: tick(0, part))
+        done = compare(source, variants, costs=table, steady=steady, progress=lambda part: tick(0, part))
     command = ["shadowkvm", "compare", what, "--mmu", mmu, "--policy", policy, "--costs", costs]
     command += words_of(scale, seed, settings) if isinstance(source, Scenario) else []
+    command += ["--steady"] if steady else []
     texts: dict[str, Callable[[], str]] = {
         "json": lambda: as_json(done),
         "csv": lambda: as_csv(done),

@@ -75,6 +75,7 @@ def what_ran(comparison: Comparison) -> str:
     words = [f"{about['rows']:,} rows", about["mode"]]
     if "units" in about:
         words = [f"{about['units']:,g} x {about['unit']}", *words, f"scale {about['scale']:g}, seed {about['seed']}"]
+        words += ["without phase start"] if about["steady"] else []
     return f"{about['name']}: {', '.join(words)}"
 
 

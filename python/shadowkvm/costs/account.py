@@ -179,6 +179,7 @@ def nested_events(counts: NestedStatistics, ops: Mapping[str, int]) -> Events:
     ports = ops.get("IO", 0)
     found = {
         "shadow_fault": counts.shadow_fills,
+        "prefetched_entry": counts.prefetched,
         "emulated_store": counts.table_stores,
         "reflected_fault": counts.reflected_faults,
         "cr3_load": counts.cr3_exits,

@@ -17,12 +17,13 @@ from __future__ import annotations
 from shadowkvm.workloads.parameter import Parameter, Values
 from shadowkvm.workloads.registry import GROUP, Entry, entries, get
 from shadowkvm.workloads.scenario import Phase, Scenario, ScenarioResult
-from shadowkvm.workloads.step import HostAct, Step
+from shadowkvm.workloads.step import START, HostAct, Step
 from shadowkvm.workloads.workload import GUEST_PARAMETERS, Workload
 
 __all__ = [
     "GROUP",
     "GUEST_PARAMETERS",
+    "START",
     "Entry",
     "HostAct",
     "Parameter",

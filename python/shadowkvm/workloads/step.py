@@ -17,7 +17,10 @@ from shadowkvm.pagetables import make_rows
 if TYPE_CHECKING:
     from shadowkvm.vm import Vm
 
-__all__ = ["HostAct", "Step"]
+__all__ = ["START", "HostAct", "Step"]
+
+START: Final = "start"
+"""The phase in which the shadow tables are first built; no unit of work is done in it."""
 
 _NO_ROWS: Final = np.zeros(0, TRACE_DTYPE)
 

@@ -53,7 +53,7 @@ impl Hardware {
         let walks = [c.accesses, c.hits, c.misses, c.guest_references, c.host_references];
         let exits = [c.stage_faults, c.dirty_faults, c.mmio_exits, c.other_exits, c.guest_faults];
         let agile = [a.shadow_references, a.fills, a.table_stores, a.reflected, a.cr3_exits];
-        let tables = [a.to_nested, a.to_shadow, a.intervals];
+        let tables = [a.to_nested, a.to_shadow, a.intervals, a.prefetched];
         Some([&walks[..], &exits, &agile, &tables].concat())
     }
 

@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shadowkvm.guest import Linux, Process, Program, Vma, pages
-from shadowkvm.workloads.step import HostAct, Step
+from shadowkvm.workloads.step import START, HostAct, Step
 
-__all__ = ["MIB", "PAGE", "START", "begin", "host_step", "resident", "run_program", "some", "step", "use"]
+__all__ = ["MIB", "PAGE", "begin", "host_step", "resident", "run_program", "some", "step", "use"]
 
 PAGE: Final = 4096
 MIB: Final = 1 << 20
-START: Final = "start"
-"""The phase in which the shadow tables are first built; no unit of work is done in it."""
 
 
 def step(guest: Linux, phase: str, units: float = 0) -> Step:

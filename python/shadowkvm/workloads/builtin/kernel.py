@@ -9,9 +9,9 @@ import numpy as np
 
 from shadowkvm.guest import Linux, Mm, pages
 from shadowkvm.ops import Op
-from shadowkvm.workloads.builtin.common import MIB, PAGE, START, begin, host_step, resident, some, step, use
+from shadowkvm.workloads.builtin.common import MIB, PAGE, begin, host_step, resident, some, step, use
 from shadowkvm.workloads.parameter import Parameter, Values
-from shadowkvm.workloads.step import Step
+from shadowkvm.workloads.step import START, Step
 from shadowkvm.workloads.workload import Workload
 
 __all__ = ["KERNEL"]

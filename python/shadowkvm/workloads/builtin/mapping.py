@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
+
 from shadowkvm.guest import Linux, pages
 from shadowkvm.workloads.builtin.common import MIB, PAGE, begin, resident, some, step, use
 from shadowkvm.workloads.parameter import Parameter, Values
@@ -103,6 +105,22 @@ def huge_pages(guest: Linux, p: Values) -> Iterator[Step]:
             yield step(guest, "split")
         guest.munmap(shell, area.start, size)
         yield step(guest, "unmap", units=p.pages)
+
+
+def working_set(guest: Linux, p: Values) -> Iterator[Step]:
+    shell = begin(guest, start=False)
+    area = resident(guest, shell, p.pages)
+    guest.start()
+    yield use(guest, shell, pages(area.start, p.pages))
+    for _ in range(p.rounds):
+        chosen = guest.random.integers(0, p.pages, p.accesses).astype(np.uint64)
+        guest.touch(shell, np.uint64(area.start) + chosen * np.uint64(PAGE))
+        yield step(guest, "access", units=0 if p.changes else 1)
+        for page in some(guest, area, p.changes).tolist():
+            guest.madvise_dontneed(shell, page, PAGE)
+            guest.touch(shell, [page], write=True)
+        if p.changes:
+            yield step(guest, "change", units=1)
 
 
 MAPPING: Final = (
@@ -220,5 +238,29 @@ MAPPING: Final = (
         ),
         unit="huge page",
         work=lambda p: float(p.cycles * p.pages),
+    ),
+    Workload(
+        name="working_set",
+        summary="a large working set is read by chance, and now and then a page of it is replaced",
+        stresses=(
+            "TLB misses against exits: no load exits once the shadow is built, but few are in the TLB, and each miss "
+            "is a walk, of four entries under shadow paging and of up to 24 under nested paging. Each page that is "
+            "given back and touched again (MADV_DONTNEED) costs shadow paging a handful of exits. Which of the two is "
+            "dearer is a matter of how many changes there are for each access."
+        ),
+        look_for=(
+            "compare --mmu shadow,nested:warm: page walks against exits; at some number of changes they are even",
+            "changes=0: no exit but those of phase start",
+            "phase change: INVLPG, the guest's #PF, the shadow's, and one for the zeroing, for each page",
+        ),
+        body=working_set,
+        parameters=(
+            Parameter("pages", "pages of the working set", 16384, low=1, high=1 << 20),
+            Parameter("accesses", "loads of a round, each of a page chosen by chance", 20_000, low=1, high=10_000_000),
+            Parameter("changes", "pages replaced after them", 4, low=0, high=4096),
+            Parameter("rounds", "times", 20, low=1, scaled=True),
+        ),
+        unit="round",
+        work=lambda p: float(p.rounds),
     ),
 )

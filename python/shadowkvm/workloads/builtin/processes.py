@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from shadowkvm.guest import Linux, pages
-from shadowkvm.workloads.builtin.common import MIB, START, begin, resident, run_program, some, step, use
+from shadowkvm.workloads.builtin.common import MIB, begin, resident, run_program, some, step, use
 from shadowkvm.workloads.parameter import Parameter, Values
-from shadowkvm.workloads.step import Step
+from shadowkvm.workloads.step import START, Step
 from shadowkvm.workloads.workload import Workload
 
 __all__ = ["PROCESSES"]

@@ -6,8 +6,11 @@
 //! itself, each through the second stage. The paper's optional hardware is there: A and D bits are set in all tables
 //! without an exit, and the CPU keeps pairs of a guest's root and its shadow, so that a CR3 load it knows does not exit.
 
+use crate::config::PREFETCH;
 use crate::cpu::CpuRole;
+use crate::guest::gpte::Gpte;
 use crate::guest::walk::GuestWalk;
+use crate::memory::Host;
 use crate::mode::Mode;
 use crate::paging::cache::Cache;
 use crate::paging::saved::{in_order, set_in_order};
@@ -37,6 +40,8 @@ pub struct AgileCounts {
     pub shadow_references: u64,
     /// Exits because a shadow entry was not filled yet.
     pub fills: u64,
+    /// Shadow entries that were filled beside another.
+    pub prefetched: u64,
     /// Exits for stores to guest tables in shadow mode.
     pub table_stores: u64,
     /// Exits for the guest's own #PF that a walk in the shadow came to.
@@ -134,8 +139,14 @@ impl Agile {
     }
 
     /// The shadow entries above the changeover are needed, the leaf's for a page that is mapped at level `mapped`. One
-    /// exit fills all that are missing.
-    pub(super) fn fill(&mut self, walk: &GuestWalk, mode: &Mode, gva: Gva, (at, mapped): (Level, Level)) -> bool {
+    /// exit fills all that are missing, and the neighbours of the leaf.
+    pub(super) fn fill(
+        &mut self,
+        host: &Host,
+        walk: &GuestWalk,
+        mode: &Mode,
+        (gva, at, mapped): (Gva, Level, Level),
+    ) -> bool {
         let mut missing = false;
         for level in (walk.level.0.max(at.0 + 1)..=mode.top.0).rev() {
             let part = if level == walk.level.0 { part(mode, gva, walk.level, mapped) } else { 0 };
@@ -143,8 +154,32 @@ impl Agile {
             let key = key(mode.index(gva, Level(level)), part);
             missing |= self.tables.get_mut(&gfn).is_some_and(|table| table.filled.insert(key));
         }
-        self.counts.fills += u64::from(missing);
+        if missing {
+            self.counts.fills += 1;
+            if walk.level == Level::PT && at.0 == 0 {
+                self.prefetch(host, walk.steps[0].table, mode, mode.index(gva, Level::PT));
+            }
+        }
         missing
+    }
+
+    /// The neighbours of an entry that was filled, as KVM does it: eight entries, up to the first whose guest entry is
+    /// not ready (`FNAME(pte_prefetch)`, 6.1).
+    fn prefetch(&mut self, host: &Host, gfn: Gfn, mode: &Mode, index: usize) {
+        let Some(table) = self.tables.get_mut(&gfn.0) else { return };
+        let first = index & !(PREFETCH - 1);
+        for near in first..first + PREFETCH {
+            let key = key(near, 0);
+            if table.filled.contains(&key) {
+                continue;
+            }
+            let entry = Gpte(host.entry(gfn, near, mode.entry_bytes));
+            if !entry.present() || !entry.accessed() {
+                return;
+            }
+            table.filled.insert(key);
+            self.counts.prefetched += 1;
+        }
     }
 
     /// A walk ended in a fault of the guest's. It exits if the walk was in the shadow up to there.
@@ -371,6 +406,17 @@ mod tests {
         assert_eq!((counts.guest_faults, agile.reflected), (1, 0), "the last table is in nested mode");
         let loads = [0x1000, 0x1000, 0x5000, 0x1000, 0x6000, 0x7000, 0x1000].map(|root| row(OpCode::Cr3, 0, root));
         assert_eq!(run.rows(&loads).1.cr3_exits, 5, "two roots are kept");
+    }
+
+    #[test]
+    fn a_fill_brings_the_neighbours_that_were_used() {
+        let mut run = Run::new(SETUP);
+        for page in 1..4_u64 {
+            run.0.write_memory(Gpa(0x4000 + 8 * page), &(0x10027 + (page << 12)).to_le_bytes()).unwrap();
+        }
+        let rows: Vec<_> = (0..6).map(|page| row(OpCode::Read, page << 12, 0)).collect();
+        let (_, agile, _) = run.rows(&rows);
+        assert_eq!((agile.fills, agile.prefetched), (3, 3), "page 4 was never used, so it ends the first fill's");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::engine::{RunOptions, RunTotals, Vm, action_of, insn_of, touch_operand
 use crate::error::{ConfigError, TraceError, refuse};
 use crate::fault::insn::Insn;
 use crate::guest::walk::{GuestWalk, Walker, walk_addr};
+use crate::memory::Host;
 use crate::mode::Mode;
 use crate::ops::{OpCode, Row};
 use crate::outcome::{Outcome, Status};
@@ -297,7 +298,7 @@ impl Nested {
         if mode.has_tables() {
             let start = self.cpus[number].begin_walk(gva, pcid, (mode.top, mode.index_bits), walk.level);
             let leaf = walk.steps[usize::from(walk.level.0) - 1];
-            let at = self.changeover(mode, gva, walk, &mut filled);
+            let at = self.changeover(&vm.shadow.memory.host, mode, gva, walk, &mut filled);
             self.walk_tables(vm, number, walk, start, at);
             shadowed = at.0 == 0;
             global = pge && leaf.pte.0 & PT_G != 0 && !shadowed;
@@ -317,10 +318,10 @@ impl Nested {
 
     /// The level of the first table that the CPU reads itself: the top without agile paging, 0 if the whole walk is in
     /// the shadow.
-    fn changeover(&mut self, mode: &Mode, gva: Gva, walk: &GuestWalk, filled: &mut bool) -> Level {
+    fn changeover(&mut self, host: &Host, mode: &Mode, gva: Gva, walk: &GuestWalk, filled: &mut bool) -> Level {
         let Some(agile) = &mut self.agile else { return mode.top };
         let at = agile.changeover(walk, mode.top, walk.level);
-        *filled = agile.fill(walk, mode, gva, (at, walk.level.min(self.stage.level())));
+        *filled = agile.fill(host, walk, mode, (gva, at, walk.level.min(self.stage.level())));
         at
     }
 
