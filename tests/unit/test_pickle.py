@@ -304,17 +304,11 @@ def sealed(payload: bytes) -> bytes:
     """A payload under the right head and checksum: what only intent brings about."""
     version = parts(sk.Vm(4096))[18:].split(b"\0", 1)[0]
     length = version[0]
-    total = len(payload)
-    padded = payload + bytes(8 - total % 8)
-    sum_, prime, mask = total, 0x9E3779B97F4A7C15, (1 << 64) - 1
-    for at in range(0, len(padded), 8):
-        sum_ = (sum_ ^ int.from_bytes(padded[at : at + 8], "little")) * prime & mask
-        sum_ ^= sum_ >> 29
-    return parts(sk.Vm(4096))[: 19 + length] + sum_.to_bytes(8, "little") + payload
+    return parts(sk.Vm(4096))[: 19 + length] + zlib.crc32(payload).to_bytes(4, "little") + payload
 
 
 def payload(state: bytes) -> bytes:
-    return state[19 + state[18] + 8 :]
+    return state[19 + state[18] + 4 :]
 
 
 def test_every_flipped_byte_is_noticed() -> None:

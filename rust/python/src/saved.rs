@@ -16,7 +16,7 @@ const MAGIC: &[u8] = b"shadowkvm state\n";
 /// Moves with every change of what is serialised, its order or its types; tests/unit/test_pickle.py notices one.
 const SCHEMA: u16 = 2;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const CHECKSUM_BYTES: usize = 8;
+const CHECKSUM_BYTES: usize = 4;
 
 /// A state that was read.
 pub(crate) type State = (Vm, Hardware);
@@ -28,7 +28,7 @@ pub(crate) fn write(engine: &Vm, hardware: &Hardware) -> PyResult<Vec<u8>> {
     let head = head();
     let mut bytes = Vec::with_capacity(head.len() + CHECKSUM_BYTES + payload.len());
     bytes.extend_from_slice(&head);
-    bytes.extend_from_slice(&checksum(&payload).to_le_bytes());
+    bytes.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
     bytes.extend_from_slice(&payload);
     Ok(bytes)
 }
@@ -77,20 +77,8 @@ fn payload(bytes: &[u8]) -> Result<&[u8], String> {
         ));
     }
     let (sum, payload) = rest.split_first_chunk().ok_or_else(cut_off)?;
-    if checksum(payload) != u64::from_le_bytes(*sum) {
+    if crc32fast::hash(payload) != u32::from_le_bytes(*sum) {
         return Err("the saved state is damaged: its checksum is another".into());
     }
     Ok(payload)
-}
-
-/// A number that is another whenever 8 bytes are (each step is one to one), and for all but one in 2^64 of other damage.
-fn checksum(bytes: &[u8]) -> u64 {
-    const PRIME: u64 = 0x9e37_79b9_7f4a_7c15;
-    let (words, rest) = bytes.as_chunks::<8>();
-    let mut last = [0; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    words.iter().chain([&last]).fold(bytes.len() as u64, |sum, word| {
-        let mixed = (sum ^ u64::from_le_bytes(*word)).wrapping_mul(PRIME);
-        mixed ^ mixed >> 29
-    })
 }
