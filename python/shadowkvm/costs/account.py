@@ -72,7 +72,7 @@ CAUSES: Final = (
         "device",
         "devices",
         ("device_exit",),
-        ("user_exit",),
+        ("user_exit", "mmio_access"),
         "accesses to devices: MMIO and ports, without what the device does",
     ),
     Cause("other", "other exits", ("other_exit",), (), "HLT, control registers, instructions tried again"),
@@ -169,6 +169,7 @@ def shadow_events(counters: Mapping[str, int], ops: Mapping[str, int], tlb: TlbS
         "synced_entry": counters["x_synced_entries"],
         "device_exit": counters["x_mmio_faults"] + made + counters["io_exits"],
         "user_exit": counters["mmio_exits"] + counters["io_exits"],
+        "mmio_access": counters["mmio_exits"],
         "walk_reference": tlb.references if tlb else 0,
     }
     return _with_other(Events("exit", counters["exits"], counts))
@@ -187,6 +188,7 @@ def nested_events(counts: NestedStatistics, ops: Mapping[str, int]) -> Events:
         "dirty_fault": counts.dirty_faults,
         "device_exit": counts.mmio_exits + ports,
         "user_exit": counts.mmio_exits + ports,
+        "mmio_access": counts.mmio_exits,
         "walk_reference": counts.references,
     }
     return _with_other(Events("nested_exit", counts.exits, found))

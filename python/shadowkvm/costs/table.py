@@ -18,6 +18,7 @@ COST_INFO: Final = {
     "exit": "a VM exit and the entry after it, under shadow paging, without what the hypervisor does between them",
     "nested_exit": "the same under nested or agile paging",
     "user_exit": "beyond an exit, the way to user space and back; not what a device does there",
+    "mmio_access": "KVM's work to decode and carry out an access to a device in memory",
     "shadow_fault": "KVM's work for a #PF that repairs the shadow",
     "prefetched_entry": "... for each neighbour that it fills with it",
     "shadow_page": "... for each shadow page that it makes",

@@ -14,17 +14,20 @@ from typing import Final
 from shadowkvm.errors import ShadowKvmError
 from shadowkvm.kvm.layout import HARNESS
 
-__all__ = ["MODULES", "archive", "compile_harness", "module_file", "system"]
+__all__ = ["MODULES", "SETUP", "archive", "compile_harness", "module_file", "system", "tools"]
 
 MODULES: Final = ("virt/lib/irqbypass", "drivers/crypto/ccp/ccp", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd")
 """In the order in which they are loaded."""
 
-INIT: Final = """#!/bin/busybox sh
+SETUP: Final = """#!/bin/busybox sh
 B=/bin/busybox
 $B mount -t proc p /proc; $B mount -t sysfs s /sys
 $B mount -t devtmpfs d /dev; $B mount -t tracefs t /sys/kernel/tracing
-cd /mods; for m in irqbypass ccp kvm; do $B insmod $m.ko; done; $B insmod kvm-amd.ko npt=0
-T=/sys/kernel/tracing/trace
+cd /mods; for m in irqbypass ccp kvm; do $B insmod $m.ko; done; $B insmod kvm-amd.ko npt={npt}
+"""
+"""How each /init begins."""
+
+INIT: Final = """T=/sys/kernel/tracing/trace
 for c in /cases/*; do
   case $c in *-nx) nx=force;; *) nx=auto;; esac
   echo $nx > /sys/module/kvm/parameters/nx_huge_pages
@@ -35,8 +38,8 @@ $B poweroff -f
 """
 
 
-def compile_harness(target: Path) -> None:
-    """Build the replay program.
+def compile_harness(target: Path, source: Path = HARNESS / "replay.c") -> None:
+    """Build the replay program, or another that runs in its place.
 
     Raises:
         ShadowKvmError: gcc is missing or refuses.
@@ -44,7 +47,7 @@ def compile_harness(target: Path) -> None:
     gcc = shutil.which("gcc")
     if gcc is None:
         raise ShadowKvmError("gcc is missing; see: shadowkvm doctor")
-    command = [gcc, "-O1", "-static", "-o", str(target), str(HARNESS / "replay.c")]
+    command = [gcc, "-O1", "-static", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise ShadowKvmError(f"the harness does not compile (see: shadowkvm doctor):\n{done.stderr.strip()}")
@@ -79,6 +82,22 @@ def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
     return gzip.compress(b"".join(out), 1)
 
 
+def tools(root: Path, version: str) -> dict[str, tuple[int, bytes]]:
+    """What every such system has: busybox and KVM's modules, files for `archive`.
+
+    Raises:
+        ShadowKvmError: a module is missing.
+    """
+    files = {"bin/busybox": (0o755, Path(shutil.which("busybox") or "/bin/busybox").read_bytes())}
+    for name in MODULES:
+        path = module_file(root, version, name)
+        if path is None:
+            raise ShadowKvmError(f"module {name} of kernel {version} is missing; see: shadowkvm doctor")
+        data = path.read_bytes()
+        files[f"mods/{Path(name).name}.ko"] = (0o644, lzma.decompress(data) if path.suffix == ".xz" else data)
+    return files
+
+
 def system(root: Path, version: str, replay: Path, cases: Sequence[tuple[str, bytes]], *, trace: bool) -> bytes:
     """The archive that runs these cases one after the other.
 
@@ -90,15 +109,9 @@ def system(root: Path, version: str, replay: Path, cases: Sequence[tuple[str, by
         trace: record tracepoints.
     """
     files = {
-        "init": (0o755, INIT.format(trace="t" if trace else "").encode()),
-        "bin/busybox": (0o755, Path(shutil.which("busybox") or "/bin/busybox").read_bytes()),
+        "init": (0o755, (SETUP + INIT).format(npt=0, trace="t" if trace else "").encode()),
         "bin/replay": (0o755, replay.read_bytes()),
+        **tools(root, version),
     }
-    for name in MODULES:
-        path = module_file(root, version, name)
-        if path is None:
-            raise ShadowKvmError(f"module {name} of kernel {version} is missing; see: shadowkvm doctor")
-        data = path.read_bytes()
-        files[f"mods/{Path(name).name}.ko"] = (0o644, lzma.decompress(data) if path.suffix == ".xz" else data)
     files.update({f"cases/{name}": (0o644, data) for name, data in cases})
     return archive(files)
