@@ -78,7 +78,7 @@ def test_units(tmp_path: Path) -> None:
         (lambda text: text.replace('"a guess"', '" "'), r"cost\.exit: source"),
         (lambda text: text.replace("zen3", "zen4"), r"base 'zen4' is not known; did you mean 'zen3'"),
         (lambda text: text.replace("costs/1", "costs/9"), r"schema 'shadowkvm.costs/9'"),
-        (lambda text: text.replace('base = "zen3"', 'base = "linux-6.1"'), r"clock, cost\.nested_exit, .* missing"),
+        (lambda text: text.replace('base = "zen3"', 'base = "linux-6.1"'), r"clock, cost\.nested_exit missing"),
         (lambda text: text.replace('base = "zen3"', ""), r"cost\.shadow_fault.* missing"),
         (lambda text: text + "[clock]\nghz = 0\nsource = 'x'\n", r"clock: ghz: 0"),
         (lambda text: text + "[\n[cost]\n", r"no TOML: .*line 9"),
