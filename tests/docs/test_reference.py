@@ -33,9 +33,7 @@ def test_every_name_is_there(name: str) -> None:
 def test_every_public_name_is_on_the_page_made_of_docstrings() -> None:
     """docs/api.md names the modules; Sphinx takes what is public in them."""
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    modules = [
-        importlib.import_module(name) for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE)
-    ]
+    modules = [importlib.import_module(name) for name in re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE)]
     classes = re.findall(r"^\.\. autoclass:: shadowkvm\.(\w+)$", page, re.MULTILINE)
     there = {name for module in modules for name in module.__all__} | set(classes)
     assert set(sk.__all__) - there <= {"MODELS", "__version__", "model_version"}
