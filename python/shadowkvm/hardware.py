@@ -87,9 +87,10 @@ class Hardware(_Vm):
             warm: the second stage maps everything already. A cold one faults once for each page that is touched, guest
                 tables too.
             page_size: bytes of the second stage's pages: 4,096, 2 MiB or 1 GiB.
-            entries, ways, walk_caches: as in `follow_tlb`; page-walk caches are those of the guest's tables.
+            entries, ways, walk_caches: as in `follow_tlb`; there are as many page-walk caches for the second stage's
+                tables. One of a guest table names its place in the host, so that no second stage is walked for it.
             nested_tlb: entries of the nested TLB: second-stage translations of guest tables (16: Bhargava, Serebrin,
-                Spadini and Manne, ASPLOS 2008); 0: none.
+                Spadini and Manne, ASPLOS 2008); 0: none, and no page-walk caches of the second stage.
 
         Raises:
             ConfigError: sizes that make no cache, another page size, or the VM has run under the shadow already.

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import Box
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -191,12 +192,9 @@ def as_csv(replay: Replay) -> str:
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
-def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
-    """A table with a title: the first ``left`` columns to the left, numbers to the right."""
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Group:
+    """A table under a title: the first ``left`` columns to the left, numbers to the right."""
     out = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
         box=_RULE,
         show_edge=False,
         header_style="",
@@ -204,10 +202,15 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, le
         padding=(0, 1),
     )
     for number, head in enumerate(heads):
-        out.add_column(head, justify="left" if number < left else "right", no_wrap=number == 0, overflow="fold")
+        # Names and numbers are not cut in two, whatever the width; what is told may be.
+        whole = number == 0 or number >= left
+        lines = [line for cell in (head, *(row[number] for row in rows)) for line in cell.split("\n")]
+        width = max(map(cell_len, lines)) if whole else None
+        justify: JustifyMethod = "left" if number < left else "right"
+        out.add_column(Text(head), justify=justify, no_wrap=whole, overflow="fold", min_width=width)
     for row in rows:
-        out.add_row(*row)
-    return out
+        out.add_row(*map(Text, row))
+    return Group(Text(title, style="bold"), out)
 
 
 def _number(value: int) -> str:
@@ -221,7 +224,7 @@ def rate_text(value: float | None) -> str:
     return f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
 
 
-def _fault_table(replay: Replay) -> Table:
+def _fault_table(replay: Replay) -> Group:
     faults = replay.breakdown.faults
     rows = [
         [f"{'user' if user else 'kernel':6} {access.name.lower()}", *_fault_cells(faults[user, access])]
@@ -236,7 +239,7 @@ def _fault_cells(row: NDArray[np.int64]) -> list[str]:
     return [_number(int(row.sum())), *(_number(int(row[result])) for result in _RESULTS)]
 
 
-def _kind_table(replay: Replay) -> Table:
+def _kind_table(replay: Replay) -> Group:
     breakdown = replay.breakdown
     rows = [
         [label, *_fault_cells(breakdown.kinds[kind]), _number(int(breakdown.kind_unsync[kind]))]
@@ -246,7 +249,7 @@ def _kind_table(replay: Replay) -> Table:
     return table("... by kind of page", ("", "exits", *_RESULTS.values(), "gone unsync"), rows)
 
 
-def _rate_table(replay: Replay) -> Table:
+def _rate_table(replay: Replay) -> Group:
     heads = ("", "total", "per 1,000 instr.", "per 1,000 rows", "per CR3 load")
     rows = [
         [rate.label, _number(rate.total), *(rate_text(value) for value in _per(replay, rate.total).values())]
@@ -257,7 +260,7 @@ def _rate_table(replay: Replay) -> Table:
     return table("What shadow paging did", heads, rows)
 
 
-def _space_table(replay: Replay) -> Table:
+def _space_table(replay: Replay) -> Group:
     spaces = replay.breakdown.spaces
     fields = ("loads", "rows", "faults", "guest", "emulated", "unsync", "synced", "zapped")
     heads = ("CR3", "loads", "rows", "#PF exits", "guest's own", "emulated", "unsync", "resynced", "zapped")

@@ -35,5 +35,5 @@ def build_scenario(name: str, scale: float, seed: int, settings: Sequence[str] |
 
 def words_of(scale: float, seed: int, settings: Sequence[str] | None) -> list[str]:
     """The options again, as words of a command."""
-    words = ["--scale", f"{scale:g}", "--seed", str(seed)]
+    words = ["--scale", repr(scale).removesuffix(".0"), "--seed", str(seed)]
     return words + [word for setting in settings or [] for word in ("--set", setting)]

@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal
 
 from cyclopts import Parameter
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -35,7 +36,7 @@ __all__ = [
     "show_list",
 ]
 
-Format = Literal["table", "json", "csv"]
+Format = Literal["table", "json", "csv", "html"]
 
 FormatOption = Annotated[
     Format | None,
@@ -50,7 +51,14 @@ QuietOption = Annotated[
 
 # Of what is printed to a file or a pipe.
 _WIDTH: Final = 100
-_SUFFIXES: Final[dict[str, Format]] = {".json": "json", ".csv": "csv"}
+_SUFFIXES: Final[dict[str, Format]] = {
+    ".json": "json",
+    ".csv": "csv",
+    ".html": "html",
+    ".htm": "html",
+    ".txt": "table",
+    "": "table",
+}
 
 
 class UsageError(Exception):
@@ -59,7 +67,11 @@ class UsageError(Exception):
 
 def choose_format(format_: Format | None, output: Path | None, allowed: Sequence[Format]) -> Format:
     """What was asked for, else what the suffix of the file says, else tables; UsageError if it is none of allowed."""
-    chosen = format_ or (_SUFFIXES.get(output.suffix) if output else None) or "table"
+    suffix = output.suffix.lower() if output else ""
+    if format_ is None and suffix not in _SUFFIXES:
+        known = [key for key, name in _SUFFIXES.items() if key and name in allowed]
+        raise UsageError(f"{output}: no format has the suffix {suffix} ({', '.join(known)} have); say --format")
+    chosen = format_ or _SUFFIXES[suffix]
     if chosen not in allowed:
         raise UsageError(f"format {chosen} is not there for this command: {', '.join(allowed)}")
     return chosen
@@ -71,15 +83,20 @@ def check_folder(output: Path | None) -> None:
         raise UsageError(f"the folder of {output} is not there")
     if output is not None and output.is_dir():
         raise UsageError(f"{output} is a folder")
+    if output is not None and output.exists() and not output.is_file():
+        raise UsageError(f"{output} is no file: it would be replaced")
 
 
 def emit(what: str | RenderableType, output: Path | None) -> None:
     """Print, or write the file; people get colours and their own width on a terminal only."""
     if not isinstance(what, str):
         if output is None and sys.stdout.isatty():
-            Console().print(what)
+            console = Console()
+            console.width = max(console.width, _least_width(console, what))
+            console.print(what)
             return
         plain = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        plain.width = max(_WIDTH, _least_width(plain, what))
         plain.print(what)
         text = plain.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
         what = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
@@ -91,6 +108,11 @@ def emit(what: str | RenderableType, output: Path | None) -> None:
         write_atomically(output, what)
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
+
+
+def _least_width(console: Console, what: RenderableType) -> int:
+    """So wide that no number is cut in two."""
+    return Measurement.get(console, console.options.update(max_width=1000), what).minimum
 
 
 def show_list(

@@ -6,17 +6,21 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shadowkvm.compare import Comparison, Variant, compare
 from shadowkvm.compare.charts import _COLOURS
 from shadowkvm.compare.page import as_html
 from shadowkvm.compare.words import sentence
-from shadowkvm.costs import COST_INFO, load_costs
+from shadowkvm.costs import COST_INFO, account, load_costs
 from shadowkvm.mmus import Mmu
+from shadowkvm.ops import TRACE_DTYPE
 from shadowkvm.workloads import get
 
 Shell = Callable[..., tuple[int, str, str]]
@@ -103,12 +107,56 @@ def test_crossings_are_where_the_times_are_equal(comparison: Comparison) -> None
             at = [fixed + slope * x for fixed, slope in ends]
             assert at[0] == pytest.approx(at[1])
             assert ends[0][1] > ends[1][1], "the first is the one that grows faster"
-    both = compare(get("context_switch").build(scale=0.1), [VARIANTS[0], VARIANTS[2]])
+    both = compare(
+        get("working_set").build(scale=0.05, changes=1),
+        [VARIANTS[0], Variant(mmu=Mmu.parse("nested:warm"))],
+        steady=True,
+    )
     ((i, j, x),) = both.crossings("exit")
-    dear, cheap = (load_costs("pvm"), load_costs("zen3"))
-    assert (i, j) == (1, 0)
-    assert cheap["exit"] > x, "here nested paging, cold, exits more often than shadow paging"
-    assert dear["nested_exit"] > x
+    for price, cheaper in ((0.9 * x, i), (1.1 * x, j)):
+        exits = {name: replace(both.costs.costs[name], cycles=price) for name in ("exit", "nested_exit")}
+        costs = replace(both.costs, costs={**both.costs.costs, **exits})
+        cycles = [account(run.account.events, costs).cycles for run in both.runs]
+        assert cycles.index(min(cycles)) == cheaper
+
+
+def test_exits_that_take_longer_under_nested_paging_stay_so() -> None:
+    """Where the two kinds of exit differ, the lines go through what the table says, and so does the answer."""
+    ways = [Variant(), Variant(mmu=Mmu.parse("nested"))]
+    done = compare(get("fork_exit").build(scale=0.05), ways, costs=load_costs("pvm"))
+    for run in done.runs:
+        fixed, slope = run.account.line("exit")
+        assert fixed + slope * done.costs["exit"] == pytest.approx(run.account.cycles)
+    ((below, above, x),) = done.crossings("exit")
+    cycles = [run.account.cycles for run in done.runs]
+    assert cycles.index(min(cycles)) == (below if done.costs["exit"] < x else above)
+    assert "5.97 times as much" in as_html(done)
+
+
+@pytest.mark.parametrize("title", ["[/x] [bold red] <b>", "a $x^{$ b"])
+def test_odd_titles_are_shown_as_they_are(title: str, tmp_path: Path, shell: Shell) -> None:
+    text = f'schema = "shadowkvm.costs/1"\ntitle = "{title}"\nbase = "zen3"\n'
+    path = tmp_path / "$a^{$.toml"
+    path.write_text(text, encoding="utf-8")
+    words = ("compare", "fork_exit", "--scale", "0.05", "--mmu", "shadow,nested", "--costs", path)
+    status, out, err = shell(*words)
+    assert (status, err) == (0, "")
+    assert title in out
+    assert shell(*words, "-o", tmp_path / "page.html") == (0, "", "")
+    assert escape(title) in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_trace_without_rows_and_costs_of_nothing(tmp_path: Path, shell: Shell) -> None:
+    np.save(tmp_path / "empty.npy", np.zeros(0, TRACE_DTYPE))
+    assert shell("compare", tmp_path / "empty.npy", "--mmu", "shadow,nested", "-o", tmp_path / "x.html") == (0, "", "")
+    assert "All take 0 ns" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "x.HTML", "x.htm"])
+def test_suffixes(name: str, tmp_path: Path, shell: Shell) -> None:
+    status, _, err = shell("compare", "fork_exit", "--scale", "0.05", "-o", tmp_path / name)
+    assert (status, (tmp_path / name).exists()) == ((2, False) if name == "x.pdf" else (0, True)), err
+    assert shell("compare", "fork_exit", "--scale", "0.05", "-o", "/dev/null")[0] == 2
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

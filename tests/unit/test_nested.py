@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import shadowkvm as sk
 from shadowkvm.pagetables import make_rows
@@ -121,6 +123,89 @@ def test_what_the_host_takes_away_faults_again(one_frame_guest: Callable[[], sk.
     everything = 1 if agile else 5
     assert faults(lambda vm: vm.delete_slot(1)) == everything
     assert faults(lambda vm: vm.move_slot(1, 1 << 31)) == everything
+
+
+def test_what_is_no_change_costs_nothing(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
+    vm.add_slot(1, 1 << 30, 1 << 20)
+    vm.use_nested()
+    write = make_rows(sk.Op.WRITE, [0], 1)
+
+    def exits() -> tuple[int, int]:
+        before = vm.nested
+        vm.run(write)
+        after = vm.nested
+        assert before is not None
+        assert after is not None
+        return after.stage_faults - before.stage_faults, after.dirty_faults - before.dirty_faults
+
+    assert exits() == (5, 0)
+    vm.move_slot(1, 1 << 30)
+    vm.set_dirty_log(0, False)
+    vm.set_nx_huge_pages(False)
+    assert exits() == (0, 0)
+    vm.set_dirty_log(0, True)
+    assert exits() == (0, 5), "the tables, too: a walk may set A in them"
+    vm.set_dirty_log(0, True)
+    assert exits() == (0, 0)
+    vm.set_host_pages(0x10000, 0x1000, "absent")
+    assert exits() == (1, 0)
+    vm.set_nx_huge_pages(True)
+    assert exits() == (5, 0)
+
+
+def test_dirty_logs_as_kvm_keeps_them(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    read, write = make_rows(sk.Op.READ, [0]), make_rows(sk.Op.WRITE, [0], 1)
+    vm = one_frame_guest()
+    vm.use_nested()
+    vm.set_dirty_log(0, True)
+    vm.run(read)
+    assert vm.get_dirty_log(0) == [1, 2, 3, 4, 16], "a page that comes by a load is writable, and counts as written"
+    by_hand = one_frame_guest()
+    by_hand.use_nested()
+    by_hand.run(read)
+    by_hand.set_manual_dirty_log(True, True)
+    by_hand.set_dirty_log(0, True)
+    by_hand.run(write)
+    assert by_hand.nested is not None
+    assert by_hand.nested.dirty_faults == 0, "KVM_DIRTY_LOG_INITIALLY_SET protects nothing"
+    by_hand.clear_dirty_log(0, [16])
+    by_hand.run(write)
+    by_hand.run(write)
+    assert by_hand.nested.dirty_faults == 1
+
+
+def test_a_table_that_two_roots_share_stays_in_the_shadow_of_the_other(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
+    vm.write_memory(0x5000, (0x2007).to_bytes(8, "little"))  # another root
+    vm.write_memory(0x4008, (0x1067).to_bytes(8, "little"))  # page 1 is the first root
+    vm.use_agile(walk_caches=None, nested_tlb=0, warm=True)
+    two_stores = make_rows(sk.Op.WRITE, [0x1F00, 0x1F00])
+    read, first, other = (
+        make_rows([op], value=value) for op, value in ((sk.Op.READ, 0), (sk.Op.CR3, 0x1000), (sk.Op.CR3, 0x5000))
+    )
+
+    def walk(load: NDArray[np.void]) -> tuple[int, int]:
+        before = vm.nested
+        vm.run(np.concatenate([load, read]))
+        after = vm.nested
+        assert before is not None
+        assert after is not None
+        return after.shadow_references - before.shadow_references, after.guest_references - before.guest_references
+
+    assert walk(first) == (4, 0)
+    assert walk(other) == (4, 0)
+    vm.run(np.concatenate([first, two_stores]))
+    assert walk(first) == (0, 4), "its root is in nested mode, and a walk does not come back to the shadow"
+    assert walk(other) == (1, 3), "the stores walked in the shadow of the first root last, so its tables went with it"
+
+
+def test_a_warm_second_stage_of_any_size(one_frame_guest: Callable[[], sk.Vm]) -> None:
+    vm = one_frame_guest()
+    vm.add_slot(1, 1 << 40, 1 << 41)
+    vm.use_nested(warm=True)
+    vm.notifier_unmap(1 << 40, 1 << 41)
+    assert len(pickle.dumps(vm)) < 100_000, "the range, not its pages"
 
 
 def test_single_instructions_and_late_changes_are_refused(one_frame_guest: Callable[[], sk.Vm]) -> None:

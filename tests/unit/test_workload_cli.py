@@ -157,7 +157,7 @@ def test_a_guest_that_sees_something_else_is_exit_1(shell: Shell, monkeypatch: p
     wrong = Workload(
         name="wrong", summary="s", stresses="s", look_for=(), body=broken, parameters=(), unit="u", work=lambda _: 1.0
     )
-    monkeypatch.setattr("shadowkvm.workload_verbs.get", lambda _: wrong)
+    monkeypatch.setattr("shadowkvm.scenario_options.get", lambda _: wrong)
     status, out, err = shell("workload", "run", "wrong")
     assert status == 1
     assert "0 as its tables say, 1 otherwise" in out
@@ -175,7 +175,7 @@ def test_a_broken_invariant_is_exit_4_and_says_how_to_see_it_again(
     status, _, err = shell("workload", "run", "jit_flip", "--seed", "3", "--set", "pages=4", "--audit")
     assert status == 4
     assert "after a step of phase 'start': the count is off" in err
-    assert "shadowkvm workload run jit_flip --scale 1 --seed 3 --audit --set pages=4" in err
+    assert "shadowkvm workload run jit_flip --scale 1 --seed 3 --set pages=4 --audit" in err
 
 
 def test_without_a_terminal_there_is_no_colour_and_no_bar() -> None:

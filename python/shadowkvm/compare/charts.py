@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
+import textwrap
 from typing import Any, Final
 
 import numpy as np
 
 from shadowkvm.compare.runs import Comparison
-from shadowkvm.compare.words import CROSSED, causes, prices, spread, time_unit
+from shadowkvm.compare.words import CROSSED, called, causes, spread, time_unit
 
 __all__ = ["crossover_chart", "time_chart"]
 
@@ -47,12 +49,13 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _svg(plt: Any, figure: Any) -> str:
+def _svg(plt: Any, figure: Any, prefix: str) -> str:
+    """The picture as SVG; its names begin with a prefix, since a page holds several."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", text[text.index("<svg") :])
 
 
 def time_chart(comparison: Comparison) -> str:
@@ -75,8 +78,9 @@ def time_chart(comparison: Comparison) -> str:
         axes.invert_yaxis()
         axes.set_xlabel(f"modelled time, {unit}")
         axes.set_xlim(0, max(left.max(), 1e-12) * 1.14)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.5 / len(runs)), ncols=4, frameon=False)
-        return _svg(plt, figure)
+        if shown:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.5 / len(runs)), ncols=4, frameon=False)
+        return _svg(plt, figure, "time")
 
 
 def crossover_chart(comparison: Comparison) -> str:
@@ -85,7 +89,7 @@ def crossover_chart(comparison: Comparison) -> str:
     runs, names = comparison.runs, comparison.names()
     with plt.rc_context(_settings()):
         figure, panels = plt.subplots(1, len(CROSSED), figsize=(10.5, 4.2))
-        for axes, (cost, label) in zip(panels, CROSSED.items(), strict=True):
+        for axes, cost in zip(panels, CROSSED, strict=True):
             x = np.geomspace(*_RANGES[cost], _POINTS)
             seen: list[float] = []
             for number, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -99,13 +103,15 @@ def crossover_chart(comparison: Comparison) -> str:
                 height = comparison.costs.ns(fixed + slope * at) / 1e9
                 if _RANGES[cost][0] <= at <= _RANGES[cost][1] and height > 0:
                     axes.plot([at], [height], "o", color="black", markersize=4)
-            for price, who in prices(comparison, cost).items():
-                axes.axvline(price, color="#888888", linewidth=0.8, linestyle="--")
-                axes.annotate(who, (price, 1.01), xycoords=("data", "axes fraction"), ha="center")
+            axes.axvline(comparison.costs[cost], color="#888888", linewidth=0.8, linestyle="--")
+            here = (comparison.costs[cost], 1.01)
+            axes.annotate(
+                comparison.costs.name, here, xycoords=("data", "axes fraction"), ha="center", parse_math=False
+            )
             low, high = spread(seen)
             axes.set(xscale="log", yscale="log", ylim=(max(low * 0.7, high * 1e-6), high * 1.5))
-            axes.set_xlabel(f"{label}, cycles")
+            axes.set_xlabel("\n".join(textwrap.wrap(f"{called(comparison, cost)}, cycles", 48)), parse_math=False)
         panels[0].set_ylabel("modelled time, s")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False)
-        return _svg(plt, figure)
+        return _svg(plt, figure, "crossover")

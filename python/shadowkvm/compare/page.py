@@ -13,7 +13,9 @@ from shadowkvm.compare.runs import Comparison
 from shadowkvm.compare.words import (
     CROSSED,
     EXACT,
+    REACH,
     against,
+    called,
     causes,
     crossing_lines,
     per_unit,
@@ -26,6 +28,8 @@ from shadowkvm.report import rate_text
 
 __all__ = ["as_html"]
 
+# Of each cost, the crossings nearest to it.
+_CROSSINGS: Final = 12
 _STYLE: Final = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c2733;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin:2em 0 .4em}
@@ -33,7 +37,7 @@ h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin:2em 0 .4em}
 table{border-collapse:collapse;font-size:.88em;margin:.6em 0}
 td,th{padding:.25em .8em;border-bottom:1px solid #d8dee4;text-align:right;vertical-align:top}
 td:first-child,th:first-child,td.t,th.t{text-align:left}
-figure{margin:1em 0}figcaption{color:#5b6770;font-size:.9em}svg{max-width:100%;height:auto}
+figure{margin:1em 0;overflow-x:auto}figcaption{color:#5b6770;font-size:.9em}svg{max-width:100%;min-width:640px;height:auto}
 .wide{overflow-x:auto}code{background:#f3f5f7;padding:.1em .3em}dt{font-weight:600}dd{margin:0 0 .4em 1.5em}
 """
 
@@ -105,10 +109,11 @@ def _time(comparison: Comparison) -> str:
 
 def _crossings(comparison: Comparison) -> str:
     parts = []
-    for cost, label in CROSSED.items():
-        lines = list(crossing_lines(comparison, cost))
-        told = "".join(f"<li>{escape(line)}</li>" for line in lines) or "<li>none: the order stays as it is</li>"
-        parts.append(f"<p>As {escape(label)} takes more or less:</p><ul>{told}</ul>")
+    for cost in CROSSED:
+        lines = list(crossing_lines(comparison, cost, _CROSSINGS))
+        none = f"the order is the same from {REACH[0]:,.0f} to {REACH[1]:,.0f} cycles"
+        told = "".join(f"<li>{escape(line)}</li>" for line in lines or [none])
+        parts.append(f"<p>As {escape(called(comparison, cost))} takes more or less:</p><ul>{told}</ul>")
     caption = (
         "Each line is one variant, all other costs as in the table below; dashed: what the table says. Where two lines "
         "cross (dots), the answer changes."

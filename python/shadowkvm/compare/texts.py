@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from shadowkvm.compare.runs import Comparison, Ran
-from shadowkvm.compare.words import CROSSED, against, causes, crossing_lines, per_unit, prices, time_unit, what_ran
+from shadowkvm.compare.words import CROSSED, against, called, causes, crossing_lines, per_unit, time_unit, what_ran
 from shadowkvm.report import rate_text, table
 
 __all__ = ["SCHEMA", "as_csv", "as_json", "as_tables"]
@@ -68,11 +68,11 @@ def _percent(part: float) -> str:
 
 
 def _crossings(comparison: Comparison) -> Iterator[RenderableType]:
-    for cost, label in CROSSED.items():
+    for cost in CROSSED:
         lines = list(crossing_lines(comparison, cost, _CROSSINGS))
         if lines:
-            here = " and ".join(f"{price:,.0f}" for price in prices(comparison, cost))
-            title = Text(f"Were {label} of another cost (here {here} cycles)", style="bold")
+            here = f"here {comparison.costs[cost]:,.0f} cycles"
+            title = Text(f"Were {called(comparison, cost)} of another cost ({here})", style="bold")
             yield Group(title, *(Text(f"  {line}") for line in lines))
 
 
@@ -104,7 +104,7 @@ def _counter_table(comparison: Comparison) -> RenderableType | None:
         return None
     names = comparison.names()
     mine = [name for name, run in zip(names, comparison.runs, strict=True) if run.nested is None]
-    first, *others = ("\n".join(name.split(" ")) for name in mine)
+    first, *others = ("\n".join(name.replace("linux-", "").split(" ")) for name in mine)
     heads = ["", first, *(head for name in others for head in (name, "vs 1st"))]
     rows = []
     for name, values in comparison.counters().items():

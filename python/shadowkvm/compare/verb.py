@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
@@ -17,20 +17,20 @@ from shadowkvm.costs import PRESETS, load_costs
 from shadowkvm.mmus import Mmu
 from shadowkvm.scenario_options import ScaleOption, SeedOption, SetOption, build_scenario, words_of
 from shadowkvm.terminal import (
+    Format,
     OutputOption,
     QuietOption,
     UsageError,
     check_folder,
+    choose_format,
     emit,
     part_progress,
     say,
 )
+from shadowkvm.vm import Vm
 from shadowkvm.workloads import Scenario
 
 __all__ = ["add_verbs"]
-
-_SUFFIXES: Final = {".json": "json", ".csv": "csv", ".html": "html"}
-_FORMATS: Final = ("table", "json", "csv", "html")
 
 
 def _words(text: str) -> list[str]:
@@ -57,6 +57,9 @@ def _variants(
     mmus: Sequence[str], policies: Sequence[str], versions: Sequence[str], profiles: Sequence[str]
 ) -> list[Variant]:
     """Every combination. Policies and kernels are those of shadow paging, so another MMU is run once a profile."""
+    for version, policy, profile in product(versions, policies, profiles):
+        # A name that is none is told before anything is run.
+        Vm(4096, model_version=version, policy=policy, profile=profile)
     out = []
     for mmu in map(Mmu.parse, mmus):
         if mmu.kind == "shadow":
@@ -87,10 +90,8 @@ def compare_verb(
         ),
     ] = False,
     format_: Annotated[
-        Literal["table", "json", "csv", "html"] | None,
-        Parameter(
-            name="--format", help="table, json, csv or html (a page with plots); else what the suffix of -o says."
-        ),
+        Format | None,
+        Parameter(name="--format", help="table, json, csv, html (a page with plots); else by the suffix of -o."),
     ] = None,
     output: OutputOption = None,
     quiet: QuietOption = False,
@@ -106,10 +107,12 @@ def compare_verb(
     what
         A workload (shadowkvm workload list), a recording (.npz), or a trace saved by numpy.save (.npy).
     """
-    chosen = format_ or (_SUFFIXES.get(output.suffix) if output else None) or "table"
+    chosen = choose_format(format_, output, ("table", "json", "csv", "html"))
     check_folder(output)
     table = load_costs(costs)
     variants = _variants(_words(mmu), _words(policy), _words(model_version), _words(profile))
+    if (policy, model_version) != ("kvm", MODEL_VERSION) and all(v.mmu.kind != "shadow" for v in variants):
+        raise UsageError("--policy and --model-version are of shadow paging, and no --mmu is that")
     source: Path | Scenario
     if Path(what).suffix in {".npz", ".npy"}:
         if settings or scale != 1.0 or seed != 1 or steady:
@@ -119,9 +122,11 @@ def compare_verb(
         source = build_scenario(what, scale, seed, settings)
     with part_progress("compare", quiet=quiet) as tick:
         done = compare(source, variants, costs=table, steady=steady, progress=lambda part: tick(0, part))
-    command = ["shadowkvm", "compare", what, "--mmu", mmu, "--policy", policy, "--costs", costs]
+    command = ["shadowkvm", "compare", what, "--mmu", mmu, "--policy", policy, "--model-version", model_version]
+    command += ["--profile", profile, "--costs", costs]
     command += words_of(scale, seed, settings) if isinstance(source, Scenario) else []
     command += ["--steady"] if steady else []
+    command += ["-o", str(output)] if output else []
     texts: dict[str, Callable[[], str]] = {
         "json": lambda: as_json(done),
         "csv": lambda: as_csv(done),

@@ -12,11 +12,12 @@ from shadowkvm.costs import CAUSES, Cause
 __all__ = [
     "CROSSED",
     "EXACT",
+    "REACH",
     "against",
+    "called",
     "causes",
     "crossing_lines",
     "per_unit",
-    "prices",
     "sentence",
     "spread",
     "time_unit",
@@ -35,10 +36,10 @@ EXACT: Final = (
 
 CROSSED: Final = {"exit": "an exit and entry", "walk_reference": "an entry that a page walk reads"}
 """The costs that crossings are looked for in, and how they are called."""
+REACH: Final = (1.0, 1e6)
+"""Cycles within which they are told: beyond is what no machine takes."""
 
 _UNITS: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
-# Crossings beyond what any machine takes are not told.
-_LEAST, _MOST = 1.0, 1e6
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
@@ -55,7 +56,11 @@ def against(base: float, value: float) -> str:
     if not value:
         return "gone"
     ratio = value / base
-    return f"{ratio:.3g}x" if ratio >= 2 else f"{ratio - 1:+.1%}"
+    if ratio < 0:
+        return ""
+    if ratio >= 2:
+        return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+    return f"{ratio - 1:+.1%}" if abs(ratio - 1) >= 0.0005 else "~"
 
 
 def causes(comparison: Comparison) -> list[Cause]:
@@ -87,6 +92,8 @@ def sentence(comparison: Comparison) -> str:
     if len(names) == 1:
         return f"{names[0]} takes {_time(comparison.runs[0])}, {_most(comparison.runs[0])}."
     told = f"Cheapest is {names[best]} with {_time(comparison.runs[best])}"
+    if comparison.runs[best].account.cycles == comparison.runs[worst].account.cycles:
+        return f"All take {_time(comparison.runs[best])}, {_most(comparison.runs[best])}."
     if comparison.runs[best].account.cycles:
         ratio = comparison.runs[worst].account.cycles / comparison.runs[best].account.cycles
         told += f"; {names[worst]} takes {_time(comparison.runs[worst])}, {ratio:,.3g} times as long"
@@ -112,23 +119,20 @@ def _most(run: Ran) -> str:
 def crossing_lines(comparison: Comparison, cost: str, limit: int | None = None) -> Iterator[str]:
     """A sentence for each place where two variants change places as a cost changes, the nearest first."""
     names = comparison.names()
-    here = max(prices(comparison, cost))
-    found = [(i, j, x) for i, j, x in comparison.crossings(cost) if _LEAST <= x <= _MOST]
+    here = comparison.costs[cost]
+    found = [(i, j, x) for i, j, x in comparison.crossings(cost) if REACH[0] <= x <= REACH[1]]
     found.sort(key=lambda item: abs(math.log(item[2] / here)) if here else item[2])
     for i, j, x in found[:limit]:
-        yield f"{names[i]} and {names[j]} change places at {x:,.0f} cycles: below, {names[i]} is the cheaper one"
+        at = f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        yield f"{names[i]} and {names[j]} change places at {at} cycles: below, {names[i]} is the cheaper one"
 
 
-def prices(comparison: Comparison, cost: str) -> dict[float, str]:
-    """What a cost is in the table, and for whom: exits may take longer under nested paging."""
-    if cost != "exit":
-        return {comparison.costs[cost]: comparison.costs.name}
-    kinds = dict.fromkeys(run.account.events.exit_cost for run in comparison.runs)
-    found: dict[float, list[str]] = {}
-    for kind in kinds:
-        found.setdefault(comparison.costs[kind], []).append(kind)
-    one = len(found) == 1
-    return {price: comparison.costs.name + ("" if one else f": {names[0]}") for price, names in found.items()}
+def called(comparison: Comparison, cost: str) -> str:
+    """How a cost is called, with what goes with it."""
+    ratio = comparison.costs["nested_exit"] / comparison.costs["exit"] if comparison.costs["exit"] else 1.0
+    if cost != "exit" or ratio == 1 or all(run.nested is None for run in comparison.runs):
+        return CROSSED[cost]
+    return f"{CROSSED[cost]} (under nested paging {ratio:.3g} times as much)"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shadowkvm.checks import choice
 from shadowkvm.costs.table import CostTable
 from shadowkvm.nested import NestedStatistics
 from shadowkvm.tlb import TlbStatistics
@@ -58,8 +59,8 @@ CAUSES: Final = (
         "flush",
         "flushes",
         ("cr3_load", "invlpg"),
-        ("cr3_load", "invlpg", "synced_entry"),
-        "CR3 loads and INVLPG that exit, and tables that they bring back into step",
+        ("cr3_load", "invlpg", "refetched_entry", "synced_entry"),
+        "CR3 loads and INVLPG that exit, and tables and entries that they bring back into step",
     ),
     Cause(
         "stage",
@@ -72,7 +73,7 @@ CAUSES: Final = (
         "device",
         "devices",
         ("device_exit",),
-        ("user_exit", "mmio_access"),
+        ("user_exit", "nested_user_exit", "mmio_access"),
         "accesses to devices: MMIO and ports, without what the device does",
     ),
     Cause("other", "other exits", ("other_exit",), (), "HLT, control registers, instructions tried again"),
@@ -132,11 +133,19 @@ class Account:
     def line(self, cost: str) -> tuple[float, float]:
         """Cycles as a + b x, where x is what one event of a cost takes: (a, b).
 
-        ``cost`` is "exit" (of whichever kind this run has) or a name of `COST_INFO`.
+        Args:
+            cost: "exit": exits of nested paging then take as many times more as in the table; or one of the causes' work.
+
+        Raises:
+            ConfigError: another name.
         """
-        number = self.events.exits if cost == "exit" else self.events.counts.get(cost, 0)
-        price = self.table[self.events.exit_cost if cost == "exit" else cost]
-        return self.cycles - number * price, float(number)
+        if cost == "exit":
+            ratio = self.table[self.events.exit_cost] / self.table["exit"] if self.table["exit"] else 1.0
+            slope = self.events.exits * ratio
+        else:
+            choice("cost", cost, [name for cause in CAUSES for name in cause.work])
+            slope = float(self.events.counts.get(cost, 0))
+        return self.cycles - slope * self.table[cost], slope
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON: cycles by cause."""
@@ -156,16 +165,19 @@ def shadow_events(counters: Mapping[str, int], ops: Mapping[str, int], tlb: TlbS
         tlb: of `Vm.follow_tlb`; None: page walks are left out.
     """
     made = counters["pf_mmio_spte_created"]
+    repaired = counters["pf_fixed"] + counters["pf_spurious"]
     counts = {
-        "shadow_fault": counters["pf_fixed"] + counters["pf_spurious"] + counters["pf_fast"],
+        "shadow_fault": repaired,
         "prefetched_entry": counters["x_prefetched"],
         "shadow_page": counters["mmu_cache_miss"],
-        # The first access to a device makes an MMIO entry, and counts as emulated.
+        # The first access to a device makes an MMIO entry, and counts as emulated. So do stores to read-only slots.
         "emulated_store": counters["pf_emulate"] - made,
         "zapped_page": counters["mmu_shadow_zapped"],
-        "reflected_fault": counters["pf_guest"],
+        # Not pf_guest: an emulated instruction can end in a fault of the guest's, too, and that is no further exit.
+        "reflected_fault": counters["pf_taken"] - repaired - counters["pf_emulate"],
         "cr3_load": ops.get("CR3", 0),
         "invlpg": counters["invlpg"],
+        "refetched_entry": counters["x_refetched"],
         "synced_entry": counters["x_synced_entries"],
         "device_exit": counters["x_mmio_faults"] + made + counters["io_exits"],
         "user_exit": counters["mmio_exits"] + counters["io_exits"],
@@ -187,7 +199,7 @@ def nested_events(counts: NestedStatistics, ops: Mapping[str, int]) -> Events:
         "stage_fault": counts.stage_faults,
         "dirty_fault": counts.dirty_faults,
         "device_exit": counts.mmio_exits + ports,
-        "user_exit": counts.mmio_exits + ports,
+        "nested_user_exit": counts.mmio_exits + ports,
         "mmio_access": counts.mmio_exits,
         "walk_reference": counts.references,
     }

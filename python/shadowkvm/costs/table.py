@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ COST_INFO: Final = {
     "exit": "a VM exit and the entry after it, under shadow paging, without what the hypervisor does between them",
     "nested_exit": "the same under nested or agile paging",
     "user_exit": "beyond an exit, the way to user space and back; not what a device does there",
+    "nested_user_exit": "the same under nested or agile paging",
     "mmio_access": "KVM's work to decode and carry out an access to a device in memory",
     "shadow_fault": "KVM's work for a #PF that repairs the shadow",
     "prefetched_entry": "... for each neighbour that it fills with it",
@@ -26,6 +28,7 @@ COST_INFO: Final = {
     "zapped_page": "... for each shadow page that is zapped",
     "reflected_fault": "KVM's work for a #PF that it hands on to the guest",
     "invlpg": "KVM's work for an INVLPG that exits",
+    "refetched_entry": "... for an entry of an unsync table that it fills anew",
     "cr3_load": "KVM's work for a CR3 load that exits",
     "synced_entry": "... for each present entry of a table that is brought back into step",
     "stage_fault": "KVM's work for a page that the second stage does not map yet",
@@ -132,7 +135,8 @@ def _parse(text: str, place: str) -> dict[str, Any]:
     """The parts of one file, all of them looked at."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Numbers too long to be read and brackets too deep are no TOMLDecodeError.
         raise CostError(f"{place}: no TOML: {error}") from None
     _keys(data, ("schema", "title", "base", "clock", "cost"), place)
     if data.get("schema") != _SCHEMA:
@@ -174,7 +178,7 @@ def _are(units: Sequence[str]) -> str:
 
 def _section(value: object, allowed: tuple[str, ...], place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CostError(f"{place}: {value!r}; a table is expected")
+        raise CostError(f"{place}: {reprlib.repr(value)}; a table is expected")
     _keys(value, allowed, place)
     return value
 
@@ -186,13 +190,13 @@ def _keys(data: Mapping[str, Any], allowed: tuple[str, ...], place: str) -> None
 
 def _text(value: object, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise CostError(f"{place}: {value!r}; some text is expected")
+        raise CostError(f"{place}: {reprlib.repr(value)}; some text is expected")
     return value
 
 
 def _number(value: object, place: str, *, least: float = 0) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _GREATEST:
-        raise CostError(f"{place}: {value!r}; a number from {least:g} to {_GREATEST:g} is expected")
+        raise CostError(f"{place}: {reprlib.repr(value)}; a number from {least:g} to {_GREATEST:g} is expected")
     return float(value)
 
 

@@ -96,8 +96,9 @@ counters! {
     max_mmu_page_hash_collisions Peak "shadow pages of other frames met in one hash bucket";
     remote_tlb_flush_requests Cumulative "calls of kvm_flush_remote_tlbs";
     remote_tlb_flush Cumulative "those calls that had to interrupt another physical CPU (none here: one exit is handled at a time)";
-    x_prefetched Cumulative "entries filled without a fault of their own (pte_prefetch, direct_pte_prefetch, INVLPG)";
-    x_synced_entries Cumulative "present entries that a resync of their page went over (sync_page)";
+    x_prefetched Cumulative "entries that a fault filled beside its own (pte_prefetch, direct_pte_prefetch)";
+    x_refetched Cumulative "entries that INVLPG filled anew (invlpg), or a store under policy update_on_write";
+    x_synced_entries Cumulative "present entries that a resync went over (sync_page; sync_spte, 6.12)";
 }
 
 counters! {

@@ -107,14 +107,12 @@ impl Vm {
 
     #[pyo3(signature = (slot, gpa, size, readonly=false, dirty_log=false))]
     fn add_slot(&mut self, slot: u16, gpa: u64, size: u64, readonly: bool, dirty_log: bool) -> PyResult<()> {
-        self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)?;
-        self.hardware.told(&self.engine, HostAct::SlotAdded(Gpa(gpa), size));
-        Ok(())
+        self.engine.add_slot(slot, Gpa(gpa), size, readonly, dirty_log).map_err(errors::config)
     }
 
     fn delete_slot(&mut self, slot: u16) -> PyResult<()> {
         self.engine.delete_slot(slot).map_err(errors::config)?;
-        self.hardware.told(&self.engine, HostAct::SlotGone);
+        self.hardware.told(&self.engine, HostAct::AllGone);
         Ok(())
     }
 
@@ -125,8 +123,11 @@ impl Vm {
     }
 
     fn set_dirty_log(&mut self, slot: u16, enabled: bool) -> PyResult<()> {
+        let before = self.engine.logs_dirty(slot);
         self.engine.set_dirty_log(slot, enabled).map_err(errors::config)?;
-        self.hardware.told(&self.engine, HostAct::LogSet);
+        if before != enabled {
+            self.hardware.told(&self.engine, HostAct::LogSet);
+        }
         Ok(())
     }
 
@@ -137,8 +138,11 @@ impl Vm {
     }
 
     fn move_slot(&mut self, slot: u16, gpa: u64) -> PyResult<()> {
+        let before = self.engine.shadow().memory.generation;
         self.engine.move_slot(slot, Gpa(gpa)).map_err(errors::config)?;
-        self.hardware.told(&self.engine, HostAct::SlotGone);
+        if self.engine.shadow().memory.generation != before {
+            self.hardware.told(&self.engine, HostAct::AllGone);
+        }
         Ok(())
     }
 
@@ -168,7 +172,11 @@ impl Vm {
     }
 
     fn set_nx_huge_pages(&mut self, enabled: bool) {
+        let before = self.engine.shadow().config.nx_huge_pages;
         self.engine.set_nx_huge_pages(enabled);
+        if before != enabled {
+            self.hardware.told(&self.engine, HostAct::AllGone);
+        }
     }
 
     fn recover_nx_huge_pages(&mut self) -> u64 {
@@ -197,7 +205,9 @@ impl Vm {
     }
 
     fn set_host_pages(&mut self, gpa: u64, size: u64, state: &str) -> PyResult<()> {
-        self.engine.set_host_pages(Gpa(gpa), size, host_state(state)?).map_err(errors::config)
+        self.engine.set_host_pages(Gpa(gpa), size, host_state(state)?).map_err(errors::config)?;
+        self.hardware.told(&self.engine, HostAct::Dropped(Gpa(gpa), size));
+        Ok(())
     }
 
     fn set_sites(&mut self, sites: Vec<u64>) {

@@ -21,6 +21,12 @@ impl Vm {
         Ok(())
     }
 
+    /// Whether a slot logs what is written; `false` if it does not exist.
+    #[must_use]
+    pub fn logs_dirty(&self, slot: u16) -> bool {
+        self.shadow.memory.slots().iter().any(|other| other.id == slot && other.logs_dirty())
+    }
+
     /// Turns a slot's dirty log on or off. Nothing happens if it is so already.
     ///
     /// # Errors

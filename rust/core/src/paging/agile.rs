@@ -13,14 +13,17 @@ use crate::guest::walk::GuestWalk;
 use crate::memory::Host;
 use crate::mode::Mode;
 use crate::paging::cache::Cache;
-use crate::paging::saved::{in_order, set_in_order};
+use crate::paging::saved::set_in_order;
 use crate::paging::stage::HostAct;
 use crate::types::{Gfn, Gpa, Gva, Level};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Stores to one table within an interval that move it to nested mode (ISCA 2016, section on policies: the second).
 const STORES_TO_NESTED: u32 = 2;
+/// Looks without a walk after which a table that is stored to counts as something else: its frame is used again.
+const FORGOTTEN: u8 = 16;
 /// The parent of a root.
 const NO_TABLE: u64 = u64::MAX;
 
@@ -70,6 +73,8 @@ struct Table {
     stores: u32,
     /// A walk came by since the last look.
     walked: bool,
+    /// Looks since then.
+    idle: u8,
 }
 
 /// A shadow entry: which of its table, and which part of it where the shadow maps smaller pages than the guest.
@@ -80,12 +85,13 @@ const fn key(index: usize, part: u64) -> u64 {
 /// The guest tables of all vCPUs' walks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Agile {
-    #[serde(serialize_with = "in_order")]
-    tables: FxHashMap<u64, Table>,
+    tables: BTreeMap<u64, Table>,
     /// For each CPU, the roots whose shadow it keeps.
     roots: Vec<Cache>,
     interval: u64,
     rows: u64,
+    /// The instruction under way is emulated: whatever comes of it is no further exit.
+    exited: bool,
     counts: AgileCounts,
 }
 
@@ -93,11 +99,21 @@ impl Agile {
     pub(super) fn new(vcpus: usize, setup: AgileSetup) -> Self {
         let AgileSetup { interval, roots } = setup;
         let roots = vec![Cache::new(roots, roots); vcpus];
-        Self { tables: FxHashMap::default(), roots, interval, rows: 0, counts: AgileCounts::default() }
+        Self { tables: BTreeMap::new(), roots, interval, rows: 0, exited: false, counts: AgileCounts::default() }
     }
 
     pub(super) const fn counts(&self) -> AgileCounts {
         self.counts
+    }
+
+    /// An exit filled the shadow.
+    pub(super) const fn note_fill(&mut self) {
+        self.counts.fills += 1;
+    }
+
+    /// An instruction begins.
+    pub(super) const fn begin(&mut self) {
+        self.exited = false;
     }
 
     /// A walk read that many entries of shadow tables.
@@ -111,7 +127,8 @@ impl Agile {
     }
 
     /// A walk went from the root down to a leaf of `leaf`: where it changed over to nested mode, 0 for nowhere. What it
-    /// went through is known from now on; a table is in the mode of the one above it, or in shadow mode.
+    /// went through is known from now on; a new table is in the mode of the one above it. One that several tables lead to
+    /// stays in shadow mode as long as one of those does whose walk came by last.
     pub(super) fn changeover(&mut self, walk: &GuestWalk, top: Level, leaf: Level) -> Level {
         let (mut parent, mut at) = (NO_TABLE, Level(0));
         for level in (leaf.0..=top.0).rev() {
@@ -119,18 +136,19 @@ impl Agile {
             let table = self.tables.entry(gfn).or_insert_with(|| Table {
                 level: Level(level),
                 parent,
-                nested: false,
+                nested: at.0 > 0,
                 filled: FxHashSet::default(),
                 stores: 0,
                 walked: true,
+                idle: 0,
             });
             // A table that maps itself is met at several levels: the highest counts.
-            if !table.walked || level >= table.level.0 {
-                (table.level, table.parent, table.walked) = (Level(level), parent, true);
+            let counts = !table.walked || level >= table.level.0;
+            (table.walked, table.idle) = (true, 0);
+            if at.0 == 0 && counts {
+                (table.level, table.parent) = (Level(level), parent);
             }
-            if at.0 > 0 && !table.nested {
-                (table.nested, table.filled) = (true, FxHashSet::default());
-            } else if at.0 == 0 && table.nested {
+            if at.0 == 0 && table.nested {
                 at = Level(level);
             }
             parent = gfn;
@@ -139,7 +157,7 @@ impl Agile {
     }
 
     /// The shadow entries above the changeover are needed, the leaf's for a page that is mapped at level `mapped`. One
-    /// exit fills all that are missing, and the neighbours of the leaf.
+    /// exit fills all that are missing, and the neighbours of the leaf. Whether any were.
     pub(super) fn fill(
         &mut self,
         host: &Host,
@@ -154,11 +172,8 @@ impl Agile {
             let key = key(mode.index(gva, Level(level)), part);
             missing |= self.tables.get_mut(&gfn).is_some_and(|table| table.filled.insert(key));
         }
-        if missing {
-            self.counts.fills += 1;
-            if walk.level == Level::PT && at.0 == 0 {
-                self.prefetch(host, walk.steps[0].table, mode, mode.index(gva, Level::PT));
-            }
+        if missing && walk.level == Level::PT && at.0 == 0 {
+            self.prefetch(host, walk.steps[0].table, mode, mode.index(gva, Level::PT));
         }
         missing
     }
@@ -196,7 +211,7 @@ impl Agile {
             }
             gfn = entry.gfn();
         }
-        self.counts.reflected += 1;
+        self.counts.reflected += u64::from(!self.exited);
     }
 
     /// The guest stores to a frame. A table in shadow mode exits, and the entries that are written must be filled anew.
@@ -207,7 +222,8 @@ impl Agile {
         if table.nested {
             return None;
         }
-        self.counts.table_stores += 1;
+        self.counts.table_stores += u64::from(!self.exited);
+        self.exited = true;
         let bytes = u64::from(entry_bytes);
         let (first, last) = (offset / bytes, (offset + u64::from(size).max(1) - 1) / bytes);
         let before = table.filled.len();
@@ -222,7 +238,7 @@ impl Agile {
     /// The host did something. With a slot all shadow tables go (`kvm_mmu_zap_all_fast`, 6.1); of a page that went the
     /// second stage says that it must come again, which is one exit for it and its shadow entry.
     pub(super) fn host_did(&mut self, act: HostAct<'_>) {
-        if matches!(act, HostAct::SlotGone) {
+        if matches!(act, HostAct::AllGone) {
             self.tables.clear();
             self.roots.iter_mut().for_each(Cache::clear);
         }
@@ -263,15 +279,14 @@ impl Agile {
     }
 
     /// A row passed. At the end of an interval tables in nested mode that were not stored to come back, from the root
-    /// down; those that were stored to while no walk came by are forgotten, for they are tables no more. Returns whether
-    /// any came back: it is write-protected again, so TLBs must be flushed.
+    /// down; those that were stored to while no walk came by for long are forgotten. Returns whether any came back: it is write-protected again, so TLBs must be flushed.
     pub(super) fn tick(&mut self) -> bool {
         self.rows += 1;
         if self.rows < self.interval {
             return false;
         }
         (self.rows, self.counts.intervals) = (0, self.counts.intervals + 1);
-        self.tables.retain(|_, table| table.walked || !table.nested || table.stores == 0);
+        self.tables.retain(|_, table| table.idle < FORGOTTEN || !table.nested || table.stores == 0);
         let before = self.counts.to_shadow;
         for level in (1..=5).rev() {
             let rests = |table: &Table| {
@@ -283,7 +298,9 @@ impl Agile {
                 self.switch(gfn, false);
             }
         }
-        self.tables.values_mut().for_each(|table| (table.stores, table.walked) = (0, false));
+        for table in self.tables.values_mut() {
+            (table.stores, table.walked, table.idle) = (0, false, table.idle.saturating_add(1));
+        }
         self.counts.to_shadow > before
     }
 }
@@ -390,7 +407,7 @@ mod tests {
         let mut run = Run::new(SETUP);
         run.walk(0);
         let (_, agile, _) = run.rows(&[row(OpCode::Write, 8 << 12, 0x11007), row(OpCode::Read, 0, 0)]);
-        assert_eq!((agile.table_stores, agile.fills), (1, 2), "the page of the table, then the page itself");
+        assert_eq!((agile.table_stores, agile.fills), (1, 1), "one exit for the store, then the page itself");
         let (_, agile, _) = run.rows(&[row(OpCode::Write, (8 << 12) + 8 * 300, 0), row(OpCode::Read, 0, 0)]);
         assert_eq!((agile.table_stores, agile.fills), (1, 0), "another entry");
     }

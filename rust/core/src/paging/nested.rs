@@ -20,6 +20,7 @@ use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level};
 use serde::{Deserialize, Serialize};
 
 mod walk;
+use walk::How;
 
 /// Entries of the nested TLB: 16 (Bhargava, Serebrin, Spadini and Manne, ASPLOS 2008).
 pub const USUAL_NESTED_TLB: usize = 16;
@@ -166,8 +167,11 @@ impl Nested {
             OpCode::Cr3 => return Ok(self.load_cr3(vm, number, row.value)),
             OpCode::Hlt | OpCode::Io => self.counts.other_exits += 1,
             _ => {
+                let logged = vm.logs_dirty(row.addr as u16);
                 let outcome = vm.step(row, options, index)?;
-                if let Some(act) = host_act(row) {
+                if let Some(act) =
+                    host_act(row).filter(|act| *act != HostAct::LogSet || vm.logs_dirty(row.addr as u16) != logged)
+                {
                     self.host_did(vm, act);
                 }
                 return Ok(outcome);
@@ -216,6 +220,9 @@ impl Nested {
     /// An instruction with a memory operand. The error is how else it ended.
     fn instruction(&mut self, vm: &mut Vm, number: usize, insn: &Insn) -> Result<Outcome, Outcome> {
         let kind = insn.kinds(false)[0];
+        if let Some(agile) = &mut self.agile {
+            agile.begin();
+        }
         let mut frames = [None; 2];
         for (frame, (gva, size)) in frames.iter_mut().zip(insn.pieces()) {
             if size > 0 {
@@ -259,11 +266,10 @@ impl Nested {
             self.counts.mmio_exits += 1;
             return Err(Outcome { address: walk.gfn.gpa().0 | gva.offset(), ..Outcome::of(Status::Mmio) });
         }
-        if write && self.emulates(vm, number, &walk, (gva.offset(), size)) {
-            self.count(vm, number, gva, &walk, false);
+        let emulated = write && self.emulates(vm, number, &walk, (gva.offset(), size));
+        self.count(vm, number, gva, &walk, How { write: write && !emulated, emulated });
+        if emulated {
             vm.shadow.memory.mark_dirty(walk.gfn);
-        } else {
-            self.count(vm, number, gva, &walk, write);
         }
         Ok(walk.gfn)
     }
@@ -290,8 +296,7 @@ const fn host_act(row: &Row) -> Option<HostAct<'static>> {
         OpCode::Unmap => Some(HostAct::Dropped(Gpa(row.addr), row.value)),
         OpCode::GetDirtyLog => Some(HostAct::LogRead),
         OpCode::SetDirtyLog => Some(HostAct::LogSet),
-        OpCode::SlotAdd => Some(HostAct::SlotAdded(Gpa(row.addr), row.value)),
-        OpCode::SlotDel => Some(HostAct::SlotGone),
+        OpCode::SlotDel => Some(HostAct::AllGone),
         _ => None,
     }
 }

@@ -5,7 +5,7 @@
 use crate::error::{ConfigError, refuse};
 use crate::paging::cache::Cache;
 use crate::paging::saved::in_order;
-use crate::types::{Gva, Level};
+use crate::types::{Gfn, Gva, Level};
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,9 @@ pub struct TlbSizes {
 /// Skylake's second-level TLB (Intel 64 optimization manual, table of the caches); page-walk caches of 32, 4 and 2
 /// entries (Barr, Cox and Rixner, ISCA 2010).
 pub const USUAL: TlbSizes = TlbSizes { entries: 1536, ways: 12, walk: [32, 4, 2] };
+
+/// The top of a second stage.
+const STAGE_TOP: Level = Level(4);
 
 /// Lines of one cache; more is a mistake.
 const MAX_ENTRIES: usize = 1 << 20;
@@ -92,6 +95,8 @@ pub struct Tlb {
     pages: Cache,
     walk: [Cache; 3],
     nested: Cache,
+    /// Tables of the second stage, by level.
+    stage: [Cache; 3],
     spaces: Spaces,
 }
 
@@ -110,12 +115,13 @@ impl Tlb {
             pages: Cache::new(sizes.entries, sizes.ways),
             walk: sizes.walk.map(small),
             nested: small(nested),
+            stage: sizes.walk.map(|entries| small(if nested > 0 { entries } else { 0 })),
             spaces: Spaces::new(),
         }
     }
 
     pub(super) fn caches(&self) -> impl Iterator<Item = &Cache> {
-        self.walk.iter().chain([&self.pages, &self.nested])
+        self.walk.iter().chain(&self.stage).chain([&self.pages, &self.nested])
     }
 
     /// A page's tag: its number at its size, with the size.
@@ -146,14 +152,13 @@ impl Tlb {
     /// walks. What the walk goes through is kept. The tables have their top level and so many index bits each.
     pub fn begin_walk(&mut self, gva: Gva, pcid: u64, (top, index_bits): (Level, u32), leaf: Level) -> Level {
         let space = self.spaces.of(pcid);
-        let tag = |level: u8| gva.0 >> (12 + index_bits * u32::from(level));
-        let highest = top.0.min(4);
-        let start =
-            (leaf.0..highest).find(|level| self.walk[usize::from(*level) - 1].get(tag(*level), space).is_some());
-        for level in leaf.0..start.unwrap_or(highest) {
-            self.walk[usize::from(level) - 1].put(tag(level), space, 0);
-        }
-        Level(start.unwrap_or(top.0))
+        first_table(&mut self.walk, |level| gva.0 >> (12 + index_bits * u32::from(level)), space, top, leaf)
+    }
+
+    /// Entries of second-stage tables that a walk for a frame reads, down to a leaf of `leaf`; the tables above are kept.
+    pub fn stage_walk(&mut self, gfn: Gfn, leaf: Level) -> u64 {
+        let start = first_table(&mut self.stage, |level| gfn.0 >> (9 * u32::from(level)), 0, STAGE_TOP, leaf);
+        u64::from(start.0 - leaf.0 + 1)
     }
 
     /// Whether the second-stage translation of a unit of guest memory is kept; it is from now on.
@@ -190,7 +195,19 @@ impl Tlb {
     pub fn flush_nested(&mut self) {
         self.flush_all();
         self.nested.clear();
+        self.stage.iter_mut().for_each(Cache::clear);
     }
+}
+
+/// The level of the table where a walk begins that goes from `top` down to a leaf of `leaf`, by the page-walk caches for
+/// tables of level 1, 2 and 3; what it goes through is kept.
+fn first_table(caches: &mut [Cache; 3], tag: impl Fn(u8) -> u64, space: u32, top: Level, leaf: Level) -> Level {
+    let highest = top.0.min(4);
+    let start = (leaf.0..highest).find(|level| caches[usize::from(*level) - 1].get(tag(*level), space).is_some());
+    for level in leaf.0..start.unwrap_or(highest) {
+        caches[usize::from(level) - 1].put(tag(level), space, 0);
+    }
+    Level(start.unwrap_or(top.0))
 }
 
 #[cfg(test)]
@@ -219,6 +236,17 @@ mod tests {
         assert!(tlb.hit(Gva(PAGE.0 + 0x1000), 1, false));
         tlb.flush_all();
         assert!(!tlb.hit(PAGE, 1, false));
+    }
+
+    #[test]
+    fn walks_of_the_second_stage_are_kept_too() {
+        let mut tlb = Tlb::nested(USUAL, 16);
+        let reads: Vec<_> = [0, 1, 512, 1 << 18].map(|gfn| tlb.stage_walk(Gfn(gfn), Level::PT)).into();
+        assert_eq!(reads, [4, 1, 2, 3]);
+        tlb.flush_all();
+        assert_eq!(tlb.stage_walk(Gfn(0), Level::PT), 1, "they are not the guest's");
+        tlb.flush_nested();
+        assert_eq!((tlb.stage_walk(Gfn(0), Level::PT), Tlb::nested(USUAL, 0).stage_walk(Gfn(0), Level::PD)), (4, 3));
     }
 
     #[test]

@@ -128,7 +128,7 @@ impl Shadow {
     }
 
     /// Fills an entry that is not present from a guest entry, if that needs no fault (`FNAME(prefetch_gpte)`, 6.1).
-    /// Returns whether the neighbours may go on.
+    /// Returns whether it was, so that the neighbours may go on.
     pub(crate) fn prefetch_gpte(
         &mut self,
         pos: SptePos,
@@ -149,7 +149,6 @@ impl Shadow {
         if self.spte(pos) == Spte::EMPTY
             && let Some(flush) = self.set_plain_leaf::<true>(pos, gfn, access, 0)
         {
-            self.counters.x_prefetched += 1;
             return (true, flush);
         }
         if !self.prefetchable(gfn, access, stop_at_dirty_log) {
@@ -157,7 +156,6 @@ impl Shadow {
         }
         let leaf = Leaf { gfn, access, pfn: Some(Host::pfn(gfn)), host_writable: true, prefetch: true, write: false };
         let (_, flush) = self.set_leaf(pos, &leaf);
-        self.counters.x_prefetched += 1;
         (true, flush)
     }
 

@@ -102,11 +102,12 @@ impl Shadow {
                 continue;
             }
             let gpte = Gpte(self.memory.host.entry_in(guest.contents, Mode::gpte_index(half, index), bytes));
-            let (go_on, flush) = self.prefetch_gpte(at, gpte, guest.role, true);
+            let (filled, flush) = self.prefetch_gpte(at, gpte, guest.role, true);
             owed += flush;
-            if !go_on {
+            if !filled {
                 return owed;
             }
+            self.counters.x_prefetched += 1;
             index += 1;
         }
         owed

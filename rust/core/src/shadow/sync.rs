@@ -265,9 +265,15 @@ impl Shadow {
     /// Makes an entry from the guest's again (`Rules::update_on_write`), if the page means the same to this vCPU.
     pub(crate) fn refill(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
         match self.gpte_behind(pos) {
-            Some(gpte) if self.can_sync(pos.page(), role) => self.prefetch_gpte(pos, gpte, role, true).1,
+            Some(gpte) if self.can_sync(pos.page(), role) => self.refetch(pos, gpte, role, true),
             _ => Flush::NONE,
         }
+    }
+
+    fn refetch(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole, stop_at_dirty_log: bool) -> Flush {
+        let (filled, flush) = self.prefetch_gpte(pos, gpte, role, stop_at_dirty_log);
+        self.counters.x_refetched += u64::from(filled);
+        flush
     }
 
     /// Syncs one entry (`kvm_sync_spte`, 6.12), or drops it if that is not possible.
@@ -275,6 +281,7 @@ impl Shadow {
         if self.spte(pos) == Spte::EMPTY {
             return Flush::NONE;
         }
+        self.counters.x_synced_entries += 1;
         let Some(gpte) = self.gpte_behind(pos).filter(|_| self.can_sync(pos.page(), role)) else {
             self.zap_entry(pos);
             return Flush::when(true);
@@ -287,7 +294,7 @@ impl Shadow {
         let was_present = self.zap_entry(pos);
         let mut owed = Flush::when(was_present);
         if let Some(gpte) = self.gpte_behind(pos) {
-            owed += self.prefetch_gpte(pos, gpte, role, false).1;
+            owed += self.refetch(pos, gpte, role, false);
         }
         owed
     }
