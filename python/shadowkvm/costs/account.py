@@ -134,7 +134,7 @@ class Account:
         """Cycles as a + b x, where x is what one event of a cost takes: (a, b).
 
         Args:
-            cost: "exit": exits of nested paging then take as many times more as in the table; or one of the causes' work.
+            cost: "exit" (those of nested paging keep their ratio to it), or one of the causes' work.
 
         Raises:
             ConfigError: another name.
