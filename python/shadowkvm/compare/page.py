@@ -37,7 +37,8 @@ h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin:2em 0 .4em}
 table{border-collapse:collapse;font-size:.88em;margin:.6em 0}
 td,th{padding:.25em .8em;border-bottom:1px solid #d8dee4;text-align:right;vertical-align:top}
 td:first-child,th:first-child,td.t,th.t{text-align:left}
-figure{margin:1em 0;overflow-x:auto}figcaption{color:#5b6770;font-size:.9em}svg{max-width:100%;min-width:640px;height:auto}
+figure{margin:1em 0;overflow-x:auto}figcaption{color:#5b6770;font-size:.9em}
+svg{max-width:100%;min-width:640px;height:auto}
 .wide{overflow-x:auto}code{background:#f3f5f7;padding:.1em .3em}dt{font-weight:600}dd{margin:0 0 .4em 1.5em}
 """
 
