@@ -113,5 +113,5 @@ def crossover_chart(comparison: Comparison) -> str:
             axes.set_xlabel("\n".join(textwrap.wrap(f"{called(comparison, cost)}, cycles", 48)), parse_math=False)
         panels[0].set_ylabel("modelled time, s")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, frameon=False)
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False)
         return _svg(plt, figure, "crossover")
