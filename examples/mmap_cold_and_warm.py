@@ -3,11 +3,16 @@
 Exits for each page of 4 KiB that the guest touches, under the shadow and under nested paging. What decides is whether
 the second stage is warm: whether the host has mapped the guest's frames already when the benchmark begins, and whether
 the guest gets the same frames again.
+
+    python examples/mmap_cold_and_warm.py           1, 16 and 256 MiB
+    python examples/mmap_cold_and_warm.py 1 4096    1 MiB and 4 GiB (a minute and a half)
 """
+
+import sys
 
 from shadowkvm.workloads import get
 
-SIZES = (1, 16, 256)
+SIZES = [int(size) for size in sys.argv[1:]] or [1, 16, 256]
 
 print(f"{'MiB':>5} {'frames':>8} {'shadow':>10} {'nested, cold':>14} {'nested, warm':>14} {'nested, cold, 2 MiB':>21}")
 for mib in SIZES:
