@@ -31,11 +31,14 @@ impl Audit<'_> {
 
     fn guest_agrees(&self, vcpu: &Vcpu, way: &Way) -> bool {
         let mode = vcpu.role.mode;
-        (way.level.0 + 1..=mode.top.0).all(|level| {
-            let step = &way.walk.steps[usize::from(level) - 1];
-            let at = mode.index(way.first_address(), Level(level));
-            self.shadow.memory.host.entry(step.table, at, mode.entry_bytes) == step.pte.0
-                && way.walk.steps[usize::from(level) - 2].table == step.pte.gfn()
-        })
+        let host = &self.shadow.memory.host;
+        let contents = way.level > Level::PT || way.contents(host) == host.contents(way.walk.steps[0].table);
+        contents
+            && (way.level.0 + 1..=mode.top.0).all(|level| {
+                let step = &way.walk.steps[usize::from(level) - 1];
+                let at = mode.index(way.first_address(), Level(level));
+                host.entry(step.table, at, mode.entry_bytes) == step.pte.0
+                    && way.walk.steps[usize::from(level) - 2].table == step.pte.gfn()
+            })
     }
 }

@@ -2,7 +2,7 @@
 
 mod permission;
 
-pub use permission::{CpuView, GuestTest, LeafTest, guest_test, key_fault, permission_fault};
+pub use permission::{AccessRow, CpuView, GuestTest, LeafTest, key_fault, permission_fault};
 
 use crate::bits::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_ALWAYS, CR4_LA57, CR4_PAE, CR4_PCIDE, CR4_PKE, CR4_PSE, CR4_SMAP,
@@ -144,8 +144,8 @@ pub struct CpuRole {
     pub reserved: [[u64; 2]; 6],
     faults: permission::FaultTable,
     hardware_faults: permission::FaultTable,
-    leaf_tests: [LeafTest; 16],
-    guest_tests: [GuestTest; 16],
+    leaf_tests: [LeafTest; permission::ROWS],
+    guest_tests: [GuestTest; permission::ROWS],
 }
 
 impl CpuRole {
@@ -165,10 +165,10 @@ impl CpuRole {
             pke: regs.lma() && regs.cr4 & CR4_PKE != 0,
             largest: if pse { mode.largest } else { Level::PT },
             reserved: reserved_bits(mode, nx, pse, cpu),
-            faults: [0; 16],
-            hardware_faults: [0; 16],
-            leaf_tests: [LeafTest::NONE; 16],
-            guest_tests: [GuestTest::NONE; 16],
+            faults: [0; permission::ROWS],
+            hardware_faults: [0; permission::ROWS],
+            leaf_tests: [LeafTest::NONE; permission::ROWS],
+            guest_tests: [GuestTest::NONE; permission::ROWS],
         };
         role.faults = permission::fault_table(&role);
         role.hardware_faults = permission::hardware_table(&role);

@@ -2,15 +2,95 @@
 
 use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_U, PT_W};
 use crate::cpu::CpuRole;
+use crate::ops::{FLAG_AC, FLAG_USER};
 use crate::types::{Access, AccessKind, ErrorCode};
 
 /// Faults looked up: for each kind of access one bit for each set of rights (KVM's `mmu->permissions`).
-pub(super) type FaultTable = [u8; 16];
+pub(super) type FaultTable = [u8; ROWS];
 
-/// The rows of the table: W, U and F of the error code in bits 0, 1 and 3 (as they stand there, one place lower), and in
-/// bit 2 that SMAP holds for the access.
-const fn row(access: ErrorCode, smap_holds: bool) -> usize {
-    (access.0 >> 1) as usize & 0b1011 | (smap_holds as usize) << 2
+/// What kind of access it is, as the tables of rights have it: the number of a row. Bit 0 stands for a store, bit 1 for a
+/// fetch, bit 2 for CPL 3, and bit 4 says that EFLAGS.AC lifts SMAP. So they stand in the rows of a trace, too.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AccessRow(u8);
+
+/// The number of rows; half of them are nobody's.
+pub(super) const ROWS: usize = 32;
+
+impl AccessRow {
+    /// That of an access of which W, U and F are known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(access: ErrorCode, smap_holds: bool) -> Self {
+        let (write, fetch) = (access.has(ErrorCode::W) as u8, access.has(ErrorCode::F) as u8);
+        Self(write | fetch << 1 | access.0 as u8 & 4 | (!smap_holds as u8) << 4)
+    }
+
+    /// That of an instruction's access.
+    #[inline]
+    #[must_use]
+    pub const fn of_kind(kind: AccessKind, user: bool, ac: bool) -> Self {
+        Self(kind as u8 | (user as u8) << 2 | (ac as u8) << 4)
+    }
+
+    /// That of a row of a trace that is a load, store or fetch: op and flags are its bytes 0 and 2.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_trace(head: u64) -> Self {
+        const { assert!(FLAG_USER == 1 && FLAG_AC == 4, "they are bits 2 and 4 here") };
+        Self((head & 3 | head >> 14 & 0b1_0100) as u8)
+    }
+
+    /// W, U and F of the error code.
+    #[inline(always)]
+    #[must_use]
+    pub const fn code(self) -> ErrorCode {
+        ErrorCode((self.0 as u64 & 1) << 1 | (self.0 as u64 & 2) << 3 | self.0 as u64 & 4)
+    }
+
+    /// Load, store or fetch.
+    #[inline(always)]
+    #[must_use]
+    pub const fn kind(self) -> AccessKind {
+        match self.0 & 3 {
+            0 => AccessKind::Read,
+            1 => AccessKind::Write,
+            _ => AccessKind::Fetch,
+        }
+    }
+
+    /// Whether EFLAGS.AC lifts SMAP.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ac(self) -> bool {
+        self.0 & 16 != 0
+    }
+
+    #[inline(always)]
+    const fn write(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    #[inline(always)]
+    const fn fetch(self) -> bool {
+        self.0 & 2 != 0
+    }
+
+    #[inline(always)]
+    const fn user(self) -> bool {
+        self.0 & 4 != 0
+    }
+
+    /// What the CPU's own walk obeys for it, where there are no keys.
+    #[inline(always)]
+    #[must_use]
+    pub const fn view(self) -> CpuView {
+        CpuView { user: self.user(), smap_holds: !self.ac(), rsvd_sets_p: true, key0: 0 }
+    }
+
+    #[inline(always)]
+    const fn index(self) -> usize {
+        self.0 as usize % ROWS
+    }
 }
 
 /// Whether an access of the kind in `access` (W, U, F, IMPLICIT) to a page with the rights `have` faults
@@ -18,16 +98,22 @@ const fn row(access: ErrorCode, smap_holds: bool) -> usize {
 #[inline]
 #[must_use]
 pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, ac: bool) -> bool {
-    let row = row(access, !ac || access.has(ErrorCode::IMPLICIT));
-    role.faults[row] >> have.0 & 1 != 0
+    let row = AccessRow::new(access, !ac || access.has(ErrorCode::IMPLICIT));
+    role.faults[row.index()] >> have.0 & 1 != 0
+}
+
+/// What a row of a role's tables stands for: a store, CPL 3, a fetch, SMAP.
+const fn parts(role: &CpuRole, row: usize) -> (bool, bool, bool, bool) {
+    let row = AccessRow(row as u8);
+    (row.write(), row.user(), row.fetch(), role.smap && !row.ac())
 }
 
 /// The table of a role (`update_permission_bitmask`, 6.1).
 pub(super) const fn fault_table(role: &CpuRole) -> FaultTable {
-    let mut table = [0; 16];
+    let mut table = [0; ROWS];
     let mut row = 0;
-    while row < 16 {
-        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
+    while row < ROWS {
+        let (write, user, fetch, smap) = parts(role, row);
         let mut rights = 0;
         while rights < 8 {
             let have = Access(rights);
@@ -70,11 +156,11 @@ impl LeafTest {
 }
 
 /// `hardware_table` as tests of whole entries; keys are left out.
-pub(super) const fn leaf_tests(role: &CpuRole) -> [LeafTest; 16] {
-    let mut tests = [LeafTest::NONE; 16];
+pub(super) const fn leaf_tests(role: &CpuRole) -> [LeafTest; ROWS] {
+    let mut tests = [LeafTest::NONE; ROWS];
     let mut row = 0;
-    while row < 16 {
-        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
+    while row < ROWS {
+        let (write, user, fetch, smap) = parts(role, row);
         let supervisors = !user && if fetch { role.smep } else { smap };
         let set = PT_P | PT_A | if write { PT_W | PT_D } else { 0 } | if user { PT_U } else { 0 };
         let clear = RESERVED | if fetch { PT_NX } else { 0 } | if supervisors { PT_U } else { 0 };
@@ -104,12 +190,12 @@ impl GuestTest {
 }
 
 /// `fault_table` as tests of whole last-level entries. A store always needs W here.
-pub(super) const fn guest_tests(role: &CpuRole) -> [GuestTest; 16] {
-    let mut tests = [GuestTest::NONE; 16];
+pub(super) const fn guest_tests(role: &CpuRole) -> [GuestTest; ROWS] {
+    let mut tests = [GuestTest::NONE; ROWS];
     let reserved = role.reserved[1][0] | role.reserved[1][1];
     let mut row = 0;
-    while row < 16 {
-        let (write, user, fetch, smap) = (row & 1 != 0, row & 2 != 0, row & 8 != 0, role.smap && row & 4 != 0);
+    while row < ROWS {
+        let (write, user, fetch, smap) = parts(role, row);
         let supervisors = !user && if fetch { role.smep } else { smap };
         let no_nx = fetch && role.nx;
         let set = PT_P | PT_A | if write { PT_W | PT_D } else { 0 } | if user { PT_U } else { 0 };
@@ -122,11 +208,20 @@ pub(super) const fn guest_tests(role: &CpuRole) -> [GuestTest; 16] {
     tests
 }
 
-/// The guest's test for an access of the kind in `access`; `ac` is EFLAGS.AC.
-#[inline(always)]
-#[must_use]
-pub const fn guest_test(role: &CpuRole, access: ErrorCode, ac: bool) -> GuestTest {
-    role.guest_tests[row(access, !ac || access.has(ErrorCode::IMPLICIT))]
+impl CpuRole {
+    /// The test that a leaf of the shadow must pass for an access without anything left to do.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leaf_test(&self, row: AccessRow) -> LeafTest {
+        self.leaf_tests[row.index()]
+    }
+
+    /// The guest's test for an access.
+    #[inline(always)]
+    #[must_use]
+    pub const fn guest_test(&self, row: AccessRow) -> GuestTest {
+        self.guest_tests[row.index()]
+    }
 }
 
 /// The state of the CPU that its own walk of the shadow obeys, for one instruction.
@@ -154,14 +249,7 @@ impl CpuView {
     #[inline]
     #[must_use]
     pub const fn forbids(self, role: &CpuRole, have: Access, kind: AccessKind) -> bool {
-        role.hardware_faults[row(self.code(kind), self.smap_holds)] >> have.0 & 1 != 0
-    }
-
-    /// The test that a leaf must pass for an access without anything left to do.
-    #[inline(always)]
-    #[must_use]
-    pub const fn leaf_test(self, role: &CpuRole, kind: AccessKind) -> LeafTest {
-        role.leaf_tests[row(self.code(kind), self.smap_holds)]
+        role.hardware_faults[AccessRow::new(self.code(kind), self.smap_holds).index()] >> have.0 & 1 != 0
     }
 
     /// Whether PKRU does.
@@ -222,10 +310,23 @@ mod tests {
     }
 
     #[test]
+    fn an_access_has_one_row_whoever_asks() {
+        for (kind, op) in [(AccessKind::Read, 0), (AccessKind::Write, 1), (AccessKind::Fetch, 2)] {
+            for (user, ac) in [(false, false), (false, true), (true, false), (true, true)] {
+                let row = AccessRow::of_kind(kind, user, ac);
+                let flags = if user { FLAG_USER } else { 0 } | if ac { FLAG_AC } else { 0 };
+                assert_eq!(AccessRow::of_trace(op | 8 << 8 | u64::from(flags | 0x48) << 16), row);
+                assert_eq!(AccessRow::new(row.code(), !ac), row);
+                assert_eq!((row.kind(), row.ac(), row.view().user), (kind, ac, user));
+            }
+        }
+    }
+
+    #[test]
     fn leaf_tests_are_the_table() {
         for (cr4, cr0) in [(0x20, 0x8000_0033), (0x10_0020, 0x8001_0033), (0x30_0020, 0x8001_0033)] {
             let role = CpuRole::of(&Registers { cr0, cr4, ..Registers::default() }, &ZEN);
-            for (row, rights) in (0..16).flat_map(|row| (0..8).map(move |rights| (row, Access(rights)))) {
+            for (row, rights) in (0..ROWS).flat_map(|row| (0..8).map(move |rights| (row, Access(rights)))) {
                 let [x, w, u] = [Access::X, Access::W, Access::U].map(|right| rights.has(right));
                 let bits = if x { 0 } else { PT_NX } | if w { PT_W } else { 0 } | if u { PT_U } else { 0 };
                 let leaf = bits | PT_P | PT_A | PT_D;
@@ -245,7 +346,7 @@ mod tests {
             [(0x20, 0x8001_0033, 0xd01), (0x30_0020, 0x8001_0033, 0xd01), (0x20, 0x8000_0033, 0x500)]
         {
             let role = CpuRole::of(&Registers { cr0, cr4, efer, ..Registers::default() }, &ZEN);
-            for (row, bits) in (0..16).flat_map(|row| (0..256_u64).map(move |bits| (row, bits))) {
+            for (row, bits) in (0..ROWS).flat_map(|row| (0..256_u64).map(move |bits| (row, bits))) {
                 let above = Access(bits as u8 >> 5);
                 // P, W, U, A, D of the entry, and NX where U is.
                 let gpte = bits & 7 | (bits >> 3 & 3) << 5 | if bits & 4 != 0 { PT_NX } else { 0 };

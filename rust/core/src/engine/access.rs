@@ -4,7 +4,7 @@ use crate::config::MAX_RESUMES;
 use crate::cpu::CpuView;
 use crate::engine::Vm;
 use crate::engine::operand;
-use crate::engine::plain::Ran;
+use crate::engine::plain::Rest;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::quick::Plain;
 use crate::fault::{After, Ctx, GuestFault};
@@ -24,21 +24,18 @@ enum Trap {
 impl Vm {
     /// Runs one instruction, or one access of event delivery, on a vCPU of the VM.
     pub fn execute(&mut self, vcpu: usize, insn: &Insn) -> Outcome {
-        let ran = Plain::of(insn).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
-        self.execute_after(vcpu, insn, ran)
+        let ran = Plain::of(insn).map_or(Err(Rest::All), |plain| self.run_plain(vcpu, &plain));
+        ran.unwrap_or_else(|rest| self.execute_rest(vcpu, insn, rest))
     }
 
     /// The rest of an instruction that came so far as a plain access.
     #[inline]
-    pub(crate) fn execute_after(&mut self, vcpu: usize, insn: &Insn, ran: Ran) -> Outcome {
-        if let Ran::Ended(outcome) = ran {
-            return outcome;
-        }
+    pub(crate) fn execute_rest(&mut self, vcpu: usize, insn: &Insn, rest: Rest) -> Outcome {
         self.begin(vcpu);
         let outcome = self.with(vcpu, |ctx| match (insn.action, insn.rip) {
             // A jump: it is fetched and done with before its target is.
             (Action::Fetch, Some(rip)) => ctx.fetch_insn(rip, insn.user).map_or_else(|o| o, |()| ctx.run_insn(insn)),
-            _ => ctx.run_insn_after(insn, ran),
+            _ => ctx.run_rest_of_insn(insn, rest),
         });
         self.end();
         outcome
@@ -52,33 +49,32 @@ fn fetch_of(insn: &Insn) -> Insn {
 
 impl Ctx<'_> {
     pub(crate) fn run_insn(&mut self, insn: &Insn) -> Outcome {
-        self.run_insn_after(insn, Ran::NotAtAll)
+        self.run_rest_of_insn(insn, Rest::All)
     }
 
-    fn run_insn_after(&mut self, insn: &Insn, ran: Ran) -> Outcome {
+    fn run_rest_of_insn(&mut self, insn: &Insn, rest: Rest) -> Outcome {
         if insn.delivery {
             self.vcpu.delivering = self.vcpu.delivering.or(self.vcpu.injected.map(|(vector, _)| vector));
         } else {
             // An instruction runs, so whatever was delivered has arrived.
             self.vcpu.injected = None;
         }
-        let outcome = self.run_until_done(insn, ran);
+        let outcome = self.run_until_done(insn, rest);
         self.vcpu.delivering = None;
         outcome
     }
 
     /// Runs an instruction, exits and all, until the CPU has done it or something else ends it. The first round may have
     /// been made as a plain access.
-    fn run_until_done(&mut self, insn: &Insn, ran: Ran) -> Outcome {
+    fn run_until_done(&mut self, insn: &Insn, rest: Rest) -> Outcome {
         let (mut done, mut device) = (0, None);
-        let mut first = match ran {
-            Ran::Again => Some(After::Resume),
-            Ran::Protected(write_to_table) => {
+        let mut first = match rest {
+            Rest::Again => Some(After::Resume),
+            Rest::Protected(write_to_table) => {
                 let after = self.not_mapped(insn, insn.gva, RetPf::WriteProtected, write_to_table);
                 Some(self.leave_if_finished(after))
             }
-            Ran::Ended(outcome) => return outcome,
-            Ran::NotAtAll => None,
+            Rest::All => None,
         };
         // Elements that were stored are progress, and each may need a resumption and an emulation of its own.
         for _ in 0..MAX_RESUMES + 4 * (insn.repeat - 1) {

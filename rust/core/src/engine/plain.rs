@@ -6,32 +6,41 @@
 
 use crate::cpu::Requests;
 use crate::engine::Vm;
-use crate::fault::Ctx;
 use crate::fault::quick::{Plain, Quick};
+use crate::fault::{Ctx, GuestFault};
 use crate::hw::walk::access_entry;
-use crate::memory::Host;
 use crate::outcome::Outcome;
+use crate::shadow::spte::Spte;
 use crate::types::{AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
 
-/// How far a plain access came.
+/// What is left to do of a plain access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Ran {
-    /// It is over.
-    Ended(Outcome),
+pub(crate) enum Rest {
     /// Nothing was done.
-    NotAtAll,
+    All,
     /// A fault was handled in full, and the instruction runs again.
     Again,
     /// A fault was handled to where the store turned out to be write-protected; it goes to one of its own tables or not.
     Protected(bool),
 }
 
+/// What ends a plain access.
+#[derive(Clone, Copy)]
+pub(super) enum End {
+    /// Its load or store, at an address of this frame; `None` is the zero page.
+    Access(Option<Gfn>),
+    /// A fault of the guest's own.
+    Guest(GuestFault),
+    /// Its store was emulated.
+    Stored,
+}
+
 impl Vm {
     /// Runs a plain access as far as it stays plain.
     #[inline]
-    pub(crate) fn run_plain(&mut self, vcpu: usize, plain: &Plain) -> Ran {
+    pub(crate) fn run_plain(&mut self, vcpu: usize, plain: &Plain) -> Result<Outcome, Rest> {
         if vcpu >= self.vcpus.len() {
-            return Ran::NotAtAll;
+            return Err(Rest::All);
         }
         self.with(vcpu, |ctx| ctx.run_plain(plain))
     }
@@ -39,18 +48,55 @@ impl Vm {
 
 impl Ctx<'_> {
     #[inline]
-    fn run_plain(&mut self, plain: &Plain) -> Ran {
-        let Some(root) = self.vcpu.root.table(plain.gva) else { return Ran::NotAtAll };
+    fn run_plain(&mut self, plain: &Plain) -> Result<Outcome, Rest> {
+        let Some(root) = self.vcpu.root.table(plain.gva) else { return Err(Rest::All) };
         let role = &self.vcpu.role;
         let plainly = self.vcpu.requests == Requests::default() && role.mode.takes(plain.gva) && !role.pke;
         if !plainly || plain.gva.offset() + u64::from(plain.size) > 4096 {
-            return Ran::NotAtAll;
+            return Err(Rest::All);
         }
         let end = self.walk_near(root, plain.gva);
-        match access_entry(self.shadow, &self.vcpu.role, end, plain.gva, (plain.kind, plain.view())) {
-            Ok(frame) => self.finish_plain(plain, frame),
+        let leaf = self.shadow.spte(end.0);
+        let what = self.come_to_end(*plain, end, leaf)?;
+        Ok(self.end_counted(*plain, what))
+    }
+
+    /// What ends an access that comes to `leaf`, the entry at the end of the shadow's walk.
+    ///
+    /// # Errors
+    /// It is not plain after all; what is left to do.
+    #[inline(always)]
+    pub(super) fn come_to_end(&mut self, plain: Plain, end: (SptePos, Level), leaf: Spte) -> Result<End, Rest> {
+        let seen = if leaf == Spte::EMPTY {
+            Err(plain.row.code())
+        } else {
+            let what = (plain.row.kind(), plain.row.view());
+            access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what)
+        };
+        match seen {
+            Ok(frame) => Ok(End::Access(frame)),
             Err(code) => self.fault_plain(plain, code),
         }
+    }
+
+    /// Brings an access to its end.
+    #[inline(always)]
+    pub(super) fn end_plain(&mut self, plain: Plain, end: End) -> Outcome {
+        match end {
+            End::Access(frame) => self.touch_plain(plain, || Some(Gpa(frame?.gpa().0 | plain.gva.offset()))),
+            End::Guest(fault) => self.reflect(fault),
+            End::Stored => self.leave(Outcome::done(0)),
+        }
+    }
+
+    /// The same, and counts it as an operation.
+    #[inline(always)]
+    pub(super) fn end_counted(&mut self, plain: Plain, end: End) -> Outcome {
+        self.vcpu.counters.x_ops += 1;
+        self.vcpu.injected = None;
+        let outcome = self.end_plain(plain, end);
+        self.shadow.events.op += 1;
+        outcome
     }
 
     /// The end of the shadow's walk, by the way that the last one nearby has gone, if it is still true.
@@ -77,11 +123,11 @@ impl Ctx<'_> {
     /// The load or store itself. No address is the zero page, which reads as 0 and which a writable entry never maps;
     /// nobody asks for it if no value is moved.
     #[inline(always)]
-    pub(super) fn touch_plain(&mut self, plain: &Plain, gpa: impl FnOnce() -> Option<Gpa>) -> Outcome {
+    pub(super) fn touch_plain(&mut self, plain: Plain, gpa: impl FnOnce() -> Option<Gpa>) -> Outcome {
         let mut outcome = Outcome::done(0);
         if let Some(value) = plain.value {
             let host = &mut self.shadow.memory.host;
-            match (gpa(), plain.kind) {
+            match (gpa(), plain.row.kind()) {
                 (Some(gpa), AccessKind::Read) => outcome.value = host.read(gpa, plain.size),
                 (Some(gpa), AccessKind::Write) => host.write(gpa, plain.size, value),
                 _ => {}
@@ -90,47 +136,23 @@ impl Ctx<'_> {
         outcome
     }
 
-    /// The end of an access that the shadow allows: its load or store.
     #[inline(always)]
-    pub(super) fn finish_plain(&mut self, plain: &Plain, frame: Option<Gfn>) -> Ran {
-        self.vcpu.counters.x_ops += 1;
-        self.vcpu.injected = None;
-        self.shadow.events.op += 1;
-        Ran::Ended(self.touch_plain(plain, || Some(Gpa(frame?.gpa().0 | plain.gva.offset()))))
-    }
-
-    /// The access ends with something else than its own load or store.
-    #[inline]
-    fn end_plain(&mut self, end: impl FnOnce(&mut Self) -> Outcome) -> Ran {
-        self.vcpu.counters.x_ops += 1;
-        self.vcpu.injected = None;
-        let outcome = end(self);
-        self.shadow.events.op += 1;
-        Ran::Ended(outcome)
-    }
-
-    #[inline]
-    pub(super) fn fault_plain(&mut self, plain: &Plain, code: ErrorCode) -> Ran {
+    fn fault_plain(&mut self, plain: Plain, code: ErrorCode) -> Result<End, Rest> {
         if code.has(ErrorCode::RSVD) || self.shadow.events.wants_any() {
-            return Ran::NotAtAll;
+            return Err(Rest::All);
         }
         match self.quick_fault(plain, code) {
-            Quick::No => Ran::NotAtAll,
-            Quick::Guest(fault) => self.end_plain(|ctx| ctx.reflect(fault)),
-            Quick::Stored => self.end_plain(|ctx| ctx.leave(Outcome::done(0))),
-            Quick::Protected { write_to_table } => Ran::Protected(write_to_table),
+            Quick::Allowed(gfn) => Ok(End::Access(Some(gfn))),
+            Quick::No => Err(Rest::All),
+            Quick::Guest(fault) => Ok(End::Guest(fault)),
+            Quick::Stored => Ok(End::Stored),
+            Quick::Protected { write_to_table } => Err(Rest::Protected(write_to_table)),
             // Unless KVM has to do something first, the access goes on by the entry that was repaired.
-            Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Ran::Again,
+            Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Err(Rest::Again),
             Quick::Mapped(pos) => {
-                let (end, what) = ((pos, Level::PT), (plain.kind, plain.view()));
-                let leaf = self.shadow.spte(pos);
-                if plain.view().leaf_test(&self.vcpu.role, plain.kind).passes(leaf.0) {
-                    return self.finish_plain(plain, Host::gfn(leaf.pfn()));
-                }
-                match access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what) {
-                    Ok(frame) => self.finish_plain(plain, frame),
-                    Err(_) => Ran::Again,
-                }
+                let (end, what) = ((pos, Level::PT), (plain.row.kind(), plain.row.view()));
+                let frame = access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what);
+                frame.map_or(Err(Rest::Again), |frame| Ok(End::Access(frame)))
             }
         }
     }

@@ -1,23 +1,25 @@
 //! Rows that are plain accesses of one vCPU, many at a time: what decides about an access that the shadow allows does
 //! not change until one of them exits, so it is looked up once for all up to there.
 
-use crate::cpu::Requests;
+use crate::cpu::{AccessRow, Requests};
 use crate::engine::Vm;
-use crate::engine::plain::Ran;
+use crate::engine::plain::{End, Rest};
 use crate::engine::trace::{RunOptions, RunTotals};
 use crate::fault::Ctx;
 use crate::fault::quick::Plain;
-use crate::hw::walk::access_entry;
 use crate::memory::Host;
-use crate::ops::{FLAG_AC, FLAG_KEEP, FLAG_MMIO, FLAG_USER, OpCode, ROW_BYTES, Row};
+use crate::ops::{FLAG_AC, FLAG_KEEP, FLAG_MMIO, FLAG_USER, OpCode, ROW_BYTES};
 use crate::outcome::{Outcome, Status};
-use crate::types::{AccessKind, Gpa, Gva, Level, SptePos};
+use crate::shadow::spte::Spte;
+use crate::types::{Gpa, Gva, Level, SptePos};
 
 /// Rows under way.
 pub(super) struct Rows<'a, F> {
     pub all: &'a [[u8; ROW_BYTES]],
     /// How many of them were run.
     pub done: usize,
+    /// How many of those have been counted.
+    pub counted: usize,
     pub options: RunOptions<'a>,
     pub totals: RunTotals,
     /// Sees every outcome.
@@ -30,31 +32,24 @@ impl<F: FnMut(&Outcome)> Rows<'_, F> {
         self.options.first_row + self.done as u64
     }
 
-    /// The same for a plain access that ended with more than its load or store.
-    #[cold]
-    fn end_by_status(&mut self, outcome: &Outcome) {
-        let row = Row::decode(&self.all[self.done], 0).expect("it was run");
-        self.end(&row, outcome);
-    }
-
-    /// The next row is over.
+    /// The next row is over, and counted.
     #[inline]
-    pub(super) fn end(&mut self, row: &Row, outcome: &Outcome) {
-        self.totals.note(row, outcome, self.index());
+    pub(super) fn end(&mut self, outcome: &Outcome) {
         (self.each)(outcome);
         self.done += 1;
+        self.counted = self.done;
     }
 }
 
 impl Vm {
     /// Runs rows as long as each is a plain access of the vCPU of the first. Returns how far the next one came.
     #[inline]
-    pub(super) fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Ran {
+    pub(super) fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Rest {
         match rows.all.get(rows.done) {
             Some(row) if row[0] <= OpCode::Fetch as u8 && usize::from(row[3]) < self.vcpus.len() => {
                 self.with(usize::from(row[3]), |ctx| ctx.run_plain_rows(rows))
             }
-            _ => Ran::NotAtAll,
+            _ => Rest::All,
         }
     }
 }
@@ -96,102 +91,111 @@ impl Words {
     }
 
     #[inline(always)]
+    const fn row(self) -> AccessRow {
+        AccessRow::of_trace(self.head)
+    }
+
+    #[inline(always)]
     fn plain(self, no_values: bool) -> Plain {
-        let kind = match self.head as u8 {
-            0 => AccessKind::Read,
-            1 => AccessKind::Write,
-            _ => AccessKind::Fetch,
-        };
-        let wanted = if kind == AccessKind::Read { !no_values } else { !self.flag(FLAG_KEEP) };
+        let op = self.head as u8;
+        let wanted = if op == OpCode::Read as u8 { !no_values } else { !self.flag(FLAG_KEEP) };
         Plain {
             gva: self.gva,
             size: (self.head >> 8) as u8,
-            kind,
-            user: self.flag(FLAG_USER),
-            ac: self.flag(FLAG_AC),
-            writes_tables: kind == AccessKind::Write,
+            row: self.row(),
+            writes_tables: op == OpCode::Write as u8,
             value: wanted.then_some(self.value),
         }
     }
 }
 
 impl Ctx<'_> {
-    fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Ran {
-        while self.vcpu.requests == Requests::default() && !self.vcpu.role.pke && !self.shadow.policy.failed() {
-            let Some((words, (pos, level))) = self.run_hits(rows) else { break };
-            match self.run_other(rows, words.head, words.gva, words.value, pos, level) {
-                Ran::Ended(_) => {}
-                other => return other,
-            }
+    /// Returns how far the first row came that is none of these.
+    fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Rest {
+        if self.vcpu.role.pke || self.has_to_stop() {
+            return Rest::All;
         }
-        Ran::NotAtAll
+        let rest = self.run_until_left(rows);
+        self.count_hits(rows);
+        rest
     }
 
-    /// Runs rows as long as the shadow allows them, and nothing is left to be done but the load or store itself.
-    /// Returns the first that is otherwise and where the shadow's walk for it ends; `None` if it is no plain access, or
-    /// there is none.
+    /// Whether something must be done before the next row can be plain.
     #[inline(always)]
-    fn run_hits<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Option<(Words, (SptePos, Level))> {
-        let first = rows.done;
-        let stop = self.run_until_stop(rows);
-        let hits = (rows.done - first) as u64;
+    fn has_to_stop(&self) -> bool {
+        self.vcpu.requests != Requests::default() || self.shadow.policy.failed()
+    }
+
+    /// Counts the rows since it was last done, which all ended with their load or store.
+    #[inline(always)]
+    fn count_hits<F>(&mut self, rows: &mut Rows<'_, F>) {
+        let hits = (rows.done - rows.counted) as u64;
         if hits > 0 {
             self.vcpu.counters.x_ops += hits;
             self.vcpu.injected = None;
             self.shadow.events.op += hits;
             rows.totals.by_status[Status::Done as usize] += hits;
+            rows.counted = rows.done;
         }
-        stop
     }
 
+    /// Runs rows as long as the shadow allows them, and nothing is left to be done but the load or store itself; others
+    /// are run by the way.
     #[inline(always)]
-    fn run_until_stop<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Option<(Words, (SptePos, Level))> {
-        let (id, mode, root) = (u64::from(self.vcpu.id), self.vcpu.role.mode, self.vcpu.root.page());
+    fn run_until_left<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Rest {
+        let (id, mode) = (u64::from(self.vcpu.id), self.vcpu.role.mode);
+        let mut root = self.vcpu.root.page();
         loop {
-            let words = Words::of(rows.all.get(rows.done)?);
+            let Some(row) = rows.all.get(rows.done) else { return Rest::All };
+            let words = Words::of(row);
             let gva = words.gva;
             if !words.is_plain(id) || !mode.takes(gva) {
-                return None;
+                return Rest::All;
             }
-            let end = self.walk_near(root.or_else(|| self.vcpu.root.table(gva))?, gva);
+            let Some(table) = root.or_else(|| self.vcpu.root.table(gva)) else { return Rest::All };
+            let end = self.walk_near(table, gva);
             let leaf = self.shadow.spte(end.0);
-            let plain = words.plain(rows.options.no_values);
-            let allowed = plain.view().leaf_test(&self.vcpu.role, plain.kind).passes(leaf.0);
-            if !allowed || leaf.is_table(end.1.0) {
-                return Some((words, end));
+            debug_assert!(!leaf.is_table(end.1.0), "a walk does not end at a table");
+            if self.vcpu.role.leaf_test(words.row()).passes(leaf.0) {
+                let inside = || gva.0 & ((end.1.pages() << 12) - 1);
+                let plain = words.plain(rows.options.no_values);
+                let outcome = self.touch_plain(plain, || Some(Gpa(Host::gfn(leaf.pfn())?.gpa().0 | inside())));
+                (rows.each)(&outcome);
+                rows.done += 1;
+            } else if let Some(rest) = self.run_other(rows, end, leaf) {
+                return rest;
+            } else {
+                root = self.vcpu.root.page();
             }
-            let inside = gva.0 & ((end.1.pages() << 12) - 1);
-            let outcome = self.touch_plain(&plain, || Some(Gpa(Host::gfn(leaf.pfn())?.gpa().0 | inside)));
-            (rows.each)(&outcome);
-            rows.done += 1;
         }
     }
 
-    /// Runs the next row, an access that is not simply allowed: the shadow's walk for it ends at `pos`.
+    /// Runs the next row, an access that is not simply allowed: the shadow's walk for it ends at `end`, where `leaf` is.
+    /// Returns how far it came, or that the one after it must wait; `None` if all can go on.
     #[inline(never)]
     fn run_other<F: FnMut(&Outcome)>(
         &mut self,
         rows: &mut Rows<'_, F>,
-        head: u64,
-        gva: Gva,
-        value: u64,
-        pos: SptePos,
-        level: Level,
-    ) -> Ran {
-        let plain = Words { head, gva, value }.plain(rows.options.no_values);
-        let ran = match access_entry(self.shadow, &self.vcpu.role, (pos, level), gva, (plain.kind, plain.view())) {
-            Ok(frame) => self.finish_plain(&plain, frame),
-            Err(code) => self.fault_plain(&plain, code),
-        };
-        match ran {
-            Ran::Ended(outcome) if outcome.status == Status::Done => {
-                rows.totals.by_status[Status::Done as usize] += 1;
+        end: (SptePos, Level),
+        leaf: Spte,
+    ) -> Option<Rest> {
+        let plain = Words::of(&rows.all[rows.done]).plain(rows.options.no_values);
+        match self.come_to_end(plain, end, leaf) {
+            Err(rest) => Some(rest),
+            Ok(end @ End::Access(_)) => {
+                let outcome = self.end_plain(plain, end);
                 (rows.each)(&outcome);
                 rows.done += 1;
+                // No request is pending, or it would not have come so far.
+                self.shadow.policy.failed().then_some(Rest::All)
             }
-            Ran::Ended(outcome) => rows.end_by_status(&outcome),
-            _ => {}
+            Ok(end) => {
+                self.count_hits(rows);
+                let outcome = self.end_counted(plain, end);
+                rows.totals.note_access(&outcome, rows.index());
+                rows.end(&outcome);
+                self.has_to_stop().then_some(Rest::All)
+            }
         }
-        ran
     }
 }

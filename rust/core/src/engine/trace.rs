@@ -1,6 +1,7 @@
 //! Running a trace: a loop over [`Vm::step`], and one row's way to its operation.
 
-use crate::engine::plain::Ran;
+use crate::cpu::AccessRow;
+use crate::engine::plain::Rest;
 use crate::engine::rows::Rows;
 use crate::engine::{Control, Vm};
 use crate::error::TraceError;
@@ -56,16 +57,21 @@ impl Vm {
     /// A row that cannot be run: no such vCPU, size, slot or page. Nothing was changed.
     pub fn step(&mut self, row: &Row, options: &RunOptions<'_>, index: u64) -> Result<Outcome, TraceError> {
         let vcpu = usize::from(row.vcpu);
-        let ran = plain_of(row, options).map_or(Ran::NotAtAll, |plain| self.run_plain(vcpu, &plain));
-        self.step_after(row, options, index, ran)
+        match plain_of(row, options).map_or(Err(Rest::All), |plain| self.run_plain(vcpu, &plain)) {
+            Ok(outcome) => Ok(outcome),
+            Err(rest) => self.step_rest(row, options, index, rest),
+        }
     }
 
     /// The rest of a row that came so far as a plain access.
-    fn step_after(&mut self, row: &Row, options: &RunOptions<'_>, index: u64, ran: Ran) -> Result<Outcome, TraceError> {
+    fn step_rest(
+        &mut self,
+        row: &Row,
+        options: &RunOptions<'_>,
+        index: u64,
+        rest: Rest,
+    ) -> Result<Outcome, TraceError> {
         let vcpu = usize::from(row.vcpu);
-        if let Ran::Ended(outcome) = ran {
-            return Ok(outcome);
-        }
         let fail = |reason: String| TraceError { index, reason };
         self.check_vcpu(vcpu).map_err(|e| fail(e.0))?;
         let rip = match self.sites.get(row.site as usize) {
@@ -75,7 +81,7 @@ impl Vm {
         };
         if let Some(action) = action_of(row.op) {
             let insn = insn_of(row, action, rip).map_err(fail)?;
-            return Ok(self.execute_after(vcpu, &insn, ran));
+            return Ok(self.execute_rest(vcpu, &insn, rest));
         }
         let control = match row.op {
             OpCode::Invlpg => Control::Invlpg(row.addr),
@@ -149,19 +155,20 @@ impl Vm {
         each: impl FnMut(&Outcome),
     ) -> Result<RunTotals, TraceError> {
         let (whole, rest) = rows.as_chunks::<ROW_BYTES>();
-        let mut rows = Rows { all: whole, done: 0, options: *options, totals: RunTotals::default(), each };
+        let mut rows = Rows { all: whole, done: 0, counted: 0, options: *options, totals: RunTotals::default(), each };
         loop {
-            let ran = self.run_plain_rows(&mut rows);
+            let rest = self.run_plain_rows(&mut rows);
             if self.shadow.policy.failed() {
                 return Err(TraceError { index: rows.index().saturating_sub(1), reason: "the policy failed".into() });
             }
             let (Some(bytes), index) = (whole.get(rows.done), rows.index()) else { break };
             let row = Row::decode(bytes, index)?;
-            let outcome = match ran {
-                Ran::NotAtAll => self.step(&row, options, index)?,
-                ran => self.step_after(&row, options, index, ran)?,
+            let outcome = match rest {
+                Rest::All => self.step(&row, options, index)?,
+                rest => self.step_rest(&row, options, index, rest)?,
             };
-            rows.end(&row, &outcome);
+            rows.totals.note(&row, &outcome, index);
+            rows.end(&outcome);
         }
         if rest.is_empty() {
             return Ok(rows.totals);
@@ -185,20 +192,29 @@ impl RunTotals {
 
     #[inline]
     pub(crate) fn note(&mut self, row: &Row, outcome: &Outcome, index: u64) {
-        self.by_status[outcome.status as usize] += 1;
-        let faulted = outcome.status == Status::PageFault;
-        if row.flags & FLAG_FAULTS == 0 && !faulted || action_of(row.op).is_none() {
-            return;
-        }
-        if row.flags & FLAG_FAULTS == 0 {
-            self.faults_unexpected += 1;
-        } else if faulted && u64::from(outcome.error_code) == row.value {
-            self.faults_matched += 1;
-            return;
+        if action_of(row.op).is_none() {
+            self.by_status[outcome.status as usize] += 1;
+        } else if row.flags & FLAG_FAULTS == 0 {
+            self.note_access(outcome, index);
         } else {
+            self.by_status[outcome.status as usize] += 1;
+            if outcome.status == Status::PageFault && u64::from(outcome.error_code) == row.value {
+                self.faults_matched += 1;
+                return;
+            }
             self.faults_missed += 1;
+            self.first_mismatch.get_or_insert(index);
         }
-        self.first_mismatch.get_or_insert(index);
+    }
+
+    /// The same for an access of which no fault was recorded.
+    #[inline]
+    pub(super) fn note_access(&mut self, outcome: &Outcome, index: u64) {
+        self.by_status[outcome.status as usize] += 1;
+        if outcome.status == Status::PageFault {
+            self.faults_unexpected += 1;
+            self.first_mismatch.get_or_insert(index);
+        }
     }
 }
 
@@ -220,9 +236,7 @@ fn plain_of(row: &Row, options: &RunOptions<'_>) -> Option<Plain> {
     Some(Plain {
         gva: Gva(row.addr),
         size: row.size,
-        kind,
-        user: row.flags & FLAG_USER != 0,
-        ac: row.flags & FLAG_AC != 0,
+        row: AccessRow::of_kind(kind, row.flags & FLAG_USER != 0, row.flags & FLAG_AC != 0),
         writes_tables: writes_tables(row.op),
         value: wanted.then_some(row.value),
     })

@@ -209,8 +209,10 @@ impl Ctx<'_> {
         } else {
             let granted = self.shadow.arena[id].role.access();
             let contents = self.shadow.memory.host.contents(table);
-            let flush = self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
-            self.pay(flush);
+            if self.shadow.may_prefetch(pos, contents, &self.vcpu.role) {
+                let flush = self.shadow.prefetch_group(pos, Guest { contents, granted, role: &self.vcpu.role });
+                self.pay(flush);
+            }
         }
     }
 

@@ -72,13 +72,14 @@ pub struct Ctx<'a> {
 
 impl Ctx<'_> {
     /// Pays what a change of the tables owes: `kvm_flush_remote_tlbs` posts `KVM_REQ_TLB_FLUSH` to every vCPU.
-    #[inline]
+    #[inline(always)]
     pub fn pay(&mut self, flush: Flush) {
         if flush != Flush::NONE {
             self.pay_some(flush);
         }
     }
 
+    #[inline(never)]
     fn pay_some(&mut self, flush: Flush) {
         self.shadow.counters.remote_tlb_flush_requests += u64::from(flush.calls);
         let mut requests = Requests::default();

@@ -72,7 +72,7 @@ impl Ctx<'_> {
     }
 
     /// A fault may have let one table more go out of sync than a policy allows.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn keep_unsync_limit(&mut self) {
         if let Some(limit) = self.shadow.policy.rules.unsync_limit
             && self.shadow.counters.mmu_unsync > u64::from(limit)

@@ -6,7 +6,7 @@
 
 use crate::bits::{PT_A, PT_D};
 use crate::config::MIN_FREE_PAGES;
-use crate::cpu::{CpuView, guest_test, permission_fault};
+use crate::cpu::{AccessRow, Requests, permission_fault};
 use crate::fault::Ctx;
 use crate::fault::emulate::APIC_GFN;
 use crate::fault::insn::{Action, Insn};
@@ -25,9 +25,8 @@ use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, 
 pub(crate) struct Plain {
     pub gva: Gva,
     pub size: u8,
-    pub kind: AccessKind,
-    pub user: bool,
-    pub ac: bool,
+    /// Load, store or fetch, by whom.
+    pub row: AccessRow,
     /// KVM counts the store as one that writes page tables (`page_table_writing_insn`, 6.1).
     pub writes_tables: bool,
     /// The value that a store stores; `None` leaves memory as it is, or does not want what a load loads.
@@ -48,13 +47,8 @@ impl Plain {
             return None;
         }
         let value = if insn.keep { None } else { Some(insn.value) };
-        let (gva, size, user, ac, writes_tables) = (insn.gva, insn.size, insn.user, insn.ac, insn.writes_tables);
-        Some(Self { gva, size, kind, user, ac, writes_tables, value })
-    }
-
-    #[inline]
-    pub(crate) const fn view(&self) -> CpuView {
-        CpuView { user: self.user, smap_holds: !self.ac, rsvd_sets_p: true, key0: 0 }
+        let row = AccessRow::of_kind(kind, insn.user, insn.ac);
+        Some(Self { gva: insn.gva, size: insn.size, row, writes_tables: insn.writes_tables, value })
     }
 }
 
@@ -65,6 +59,8 @@ pub(crate) enum Quick {
     No,
     /// The guest forbids the access; it is to get this fault. The exit is counted.
     Guest(GuestFault),
+    /// An entry that maps this frame was made; it allows the access.
+    Allowed(Gfn),
     /// The entry there maps the page now, or did already.
     Mapped(SptePos),
     /// The store was emulated; the guest is to be entered.
@@ -72,6 +68,26 @@ pub(crate) enum Quick {
     /// The page is write-protected; the store goes to a table of its own walk or not. Its exit is counted, the rest is
     /// to be done.
     Protected { write_to_table: bool },
+}
+
+/// The last-level table of an address.
+struct LastTable {
+    /// The shadow's, if it is linked already.
+    shadow: Option<PageId>,
+    /// The guest's.
+    guest: Gfn,
+    /// What is in it.
+    contents: Contents,
+    /// The rights above it.
+    granted: Access,
+}
+
+impl LastTable {
+    #[inline(always)]
+    fn of(way: &Way, host: &Host) -> Self {
+        let Step { table: guest, access: granted, .. } = way.walk.steps[0];
+        Self { shadow: Some(way.table), guest, contents: way.contents(host), granted }
+    }
 }
 
 /// What the guest says of an address.
@@ -86,13 +102,12 @@ enum Translation {
 
 impl Ctx<'_> {
     /// Handles the fault of an access, if everything about it is plain. `code` has no RSVD, and no events are recorded.
-    #[inline]
-    pub(crate) fn quick_fault(&mut self, plain: &Plain, code: ErrorCode) -> Quick {
+    #[inline(always)]
+    pub(crate) fn quick_fault(&mut self, plain: Plain, code: ErrorCode) -> Quick {
         let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
-        let Some((table, guest_table, granted)) = self.quick_table(root, gva) else { return Quick::No };
-        let contents = self.shadow.memory.host.contents(guest_table);
-        let (gfn, access) = match self.plain_translation(contents, granted, gva, code, plain.ac) {
+        let Some(last) = self.quick_table(root, gva) else { return Quick::No };
+        let (gfn, access) = match self.plain_translation(&last, gva, code, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return self.guest_fault(gva, base, code),
             Translation::Other => return Quick::No,
@@ -100,81 +115,105 @@ impl Ctx<'_> {
         // No request is pending, so the root is none that was zapped.
         debug_assert!(self.shadow.is_valid(root));
         if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
-            return self.quick_store(plain, root, gfn, code);
+            let Some(value) = plain.value.filter(|_| plain.writes_tables) else { return Quick::No };
+            return self.quick_store(root, Gpa(gfn.gpa().0 | gva.offset()), gva, (plain.size, value), code);
         }
-        let table = match table {
+        let table = match last.shadow {
             Some(table) => table,
             // What the whole way would refuse after it has linked tables must be known before.
             None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => {
-                self.link_last(root, gva, guest_table, granted)
+                self.link_last(root, gva, last.guest, last.granted)
             }
             None => return Quick::No,
         };
         let pos = table.entry(gva.index(Level::PT));
-        let empty = self.shadow.spte(pos) == Spte::EMPTY;
-        let (result, mut owed) =
-            match if empty { self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A) } else { None } {
-                Some(flush) => (RetPf::Fixed, flush),
-                None => match self.set_quick_leaf(pos, gfn, access, code) {
-                    Some(result) => result,
-                    None => return Quick::No,
-                },
-            };
-        self.forget_floods(root, gva);
-        self.count_fault(code);
-        self.vcpu.counters.pf_taken += 1;
-        self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
+        if self.shadow.spte(pos) == Spte::EMPTY
+            && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
+        {
+            self.count_quick(root, gva, code);
+            self.vcpu.counters.pf_fixed += 1;
+            self.after_leaf(pos, &last, owed);
+            if self.vcpu.requests != Requests::default() {
+                return Quick::Mapped(pos);
+            }
+            // What the guest allows, a new entry does: it has every right of the guest's, and A and D.
+            debug_assert!(self.vcpu.role.leaf_test(plain.row).passes(self.shadow.spte(pos).0));
+            return Quick::Allowed(gfn);
+        }
+        let Some((result, owed)) = self.set_quick_leaf(pos, gfn, access, code) else { return Quick::No };
+        self.count_quick(root, gva, code);
         if result == RetPf::Spurious {
             self.vcpu.counters.pf_spurious += 1;
             self.pay(owed);
             return Quick::Mapped(pos);
         }
-        owed += self.shadow.prefetch_near(pos, Guest { contents, granted, role: &self.vcpu.role });
-        self.pay(owed);
-        self.keep_unsync_limit();
+        self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
+        self.after_leaf(pos, &last, owed);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
-    /// The guest's last-level table of an address, and the shadow's if it is linked already.
+    /// The fault is taken, and goes all the way of its address.
     #[inline(always)]
-    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Gfn, Access)> {
+    fn count_quick(&mut self, root: PageId, gva: Gva, code: ErrorCode) {
+        self.forget_floods(root, gva);
+        self.count_fault(code);
+        self.vcpu.counters.pf_taken += 1;
+    }
+
+    /// What follows an entry that was made: its neighbours, and the flushes that both owe.
+    #[inline(always)]
+    fn after_leaf(&mut self, pos: SptePos, last: &LastTable, mut owed: Flush) {
+        if self.shadow.may_prefetch(pos, last.contents, &self.vcpu.role) {
+            let guest = Guest { contents: last.contents, granted: last.granted, role: &self.vcpu.role };
+            owed += self.shadow.prefetch_group(pos, guest);
+        }
+        self.pay(owed);
+        self.keep_unsync_limit();
+    }
+
+    /// The last-level tables of an address.
+    #[inline(always)]
+    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
         match self.ways.find(root, gva, self.shadow) {
-            Some(way) => Some((Some(way.table), way.walk.steps[0].table, way.walk.steps[0].access)),
+            Some(way) => Some(LastTable::of(way, &self.shadow.memory.host)),
             None => self.seek_table(root, gva),
         }
     }
 
     #[inline(never)]
-    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<(Option<PageId>, Gfn, Access)> {
+    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
         if self.ways.find_directory(root, gva, self.shadow).is_none() {
             if !self.seek_way(root, gva) {
                 return None;
             }
             if let Some(way) = self.ways.find(root, gva, self.shadow) {
-                return Some((Some(way.table), way.walk.steps[0].table, way.walk.steps[0].access));
+                return Some(LastTable::of(way, &self.shadow.memory.host));
             }
         }
         let way = self.ways.find_directory(root, gva, self.shadow)?;
-        self.last_table(way, gva).map(|last| (None, last.table, last.access))
+        let Step { table: guest, access: granted, .. } = self.last_table(way, gva)?;
+        Some(LastTable { shadow: None, guest, contents: self.shadow.memory.host.contents(guest), granted })
     }
 
     /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
-    fn quick_store(&mut self, plain: &Plain, root: PageId, gfn: Gfn, code: ErrorCode) -> Quick {
-        let generation = self.shadow.memory.generation;
-        let device = self.vcpu.mmio_matches(plain.gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation);
+    fn quick_store(&mut self, root: PageId, gpa: Gpa, gva: Gva, (size, value): (u8, u64), code: ErrorCode) -> Quick {
+        let (generation, gfn) = (self.shadow.memory.generation, gpa.gfn());
+        let device = self.vcpu.mmio_matches(gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation);
         let ram = self.shadow.memory.slot(gfn).is_some_and(|slot| !slot.readonly) && gfn.0 != APIC_GFN;
-        let Some(value) = plain.value.filter(|_| plain.writes_tables && ram && !device) else { return Quick::No };
+        if device || !ram {
+            return Quick::No;
+        }
         self.count_fault(code);
         let counters = &mut self.vcpu.counters;
         counters.pf_taken += 1;
         counters.pf_emulate += 1;
         counters.insn_emulation += 1;
-        self.shadow.clear_flood_path(root, plain.gva);
+        self.shadow.clear_flood_path(root, gva);
         // Of the place where an instruction was last resumed only 6.12 still knows after another write, if it is this one.
-        if !self.shadow.config.kernel.retry_needs_zap || self.vcpu.last_retry != (0, plain.gva.0) {
+        if !self.shadow.config.kernel.retry_needs_zap || self.vcpu.last_retry != (0, gva.0) {
             self.vcpu.last_retry = (0, 0);
         }
-        self.write_ram(false, Gpa(gfn.gpa().0 | plain.gva.offset()), plain.size, u128::from(value));
+        self.write_ram(false, gpa, size, u128::from(value));
         Quick::Stored
     }
 
@@ -235,22 +274,18 @@ impl Ctx<'_> {
 
     /// What the guest's last-level entry says.
     #[inline]
-    fn plain_translation(
-        &self,
-        contents: Contents,
-        granted: Access,
-        gva: Gva,
-        code: ErrorCode,
-        ac: bool,
-    ) -> Translation {
-        let role = &self.vcpu.role;
-        let index = role.mode.index(gva, Level::PT);
-        let gpte = Gpte(self.shadow.memory.host.entry_in(contents, index, role.mode.entry_bytes));
+    fn plain_translation(&self, last: &LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
+        let (role, granted) = (&self.vcpu.role, last.granted);
+        let host = &self.shadow.memory.host;
+        let gpte = Gpte(match role.mode.entry_bytes {
+            8 => host.words_in(last.contents)[gva.index(Level::PT)],
+            bytes => host.entry_in(last.contents, role.mode.index(gva, Level::PT), bytes),
+        });
         let room = self.shadow.max_pages >= self.shadow.used_pages + MIN_FREE_PAGES;
-        if guest_test(role, code, ac).passes(gpte.0, granted) && room {
+        if role.guest_test(row).passes(gpte.0, granted) && room {
             return Translation::Page(gpte.gfn(), gpte.protect_clean(granted.and(gpte.access())));
         }
-        self.other_translation(gpte, granted, code, ac)
+        self.other_translation(gpte, granted, code, row.ac())
     }
 
     /// What an entry says that is not in order at first sight.

@@ -7,6 +7,7 @@
 //! no part of KVM and changes nothing but the time that a fault takes.
 
 use crate::guest::walk::GuestWalk;
+use crate::memory::{Contents, Host};
 use crate::shadow::Shadow;
 use crate::types::{Gva, Level, PageId};
 
@@ -66,13 +67,23 @@ pub(crate) struct Way {
     pub level: Level,
     /// The count of writes against pages when those against the pages on this way were last forgotten.
     floods: u64,
+    /// Where the contents of the guest's table are, of a way to a last-level one.
+    contents: Contents,
     /// The guest's walk down to that table; every entry on it has A.
     pub walk: GuestWalk,
 }
 
 impl Way {
     const fn none(level: Level) -> Self {
-        Self { track: Track::NONE, table: PageId(0), level, floods: 0, walk: GuestWalk::start() }
+        let (track, table, walk) = (Track::NONE, PageId(0), GuestWalk::start());
+        Self { track, table, level, floods: 0, contents: Contents::NOTHING, walk }
+    }
+
+    /// Where the contents of the guest's table are. Only the first store to a table that held nothing moves them without
+    /// ending the way.
+    #[inline(always)]
+    pub(crate) fn contents(&self, host: &Host) -> Contents {
+        if self.contents == Contents::NOTHING { host.contents(self.walk.steps[0].table) } else { self.contents }
     }
 
     /// The root that it begins at.
@@ -156,7 +167,8 @@ impl Ways {
     ) {
         let region = gva.0 >> shift(Level::PT);
         let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
-        self.last[region as usize % LAST] = Way { track, table, level: Level::PT, floods, walk: *walk };
+        let contents = shadow.memory.host.contents(walk.steps[0].table);
+        self.last[region as usize % LAST] = Way { track, table, level: Level::PT, floods, contents, walk: *walk };
     }
 
     /// The same for one that has come to its directory.
@@ -170,7 +182,8 @@ impl Ways {
     ) {
         let region = gva.0 >> shift(Level::PD);
         let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
-        let way = Way { track, table: directory, level: Level::PD, floods, walk: *walk };
+        let contents = Contents::NOTHING;
+        let way = Way { track, table: directory, level: Level::PD, floods, contents, walk: *walk };
         self.directories[region as usize % DIRECTORIES] = way;
     }
 

@@ -51,8 +51,13 @@ const SHARED: u64 = 1 << 38;
 type Page = [u64; ENTRIES];
 
 /// The place of a frame's contents.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Contents(u32);
+
+impl Contents {
+    /// The page of zeros.
+    pub const NOTHING: Self = Self(0);
+}
 
 /// All of the host's pages, by guest frame.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -137,12 +137,14 @@ pub struct Decisions {
     /// What holds for all pages.
     pub rules: Rules,
     asks: Asks,
+    /// It asks for anything.
+    asks_any: bool,
     policy: Box<dyn Policy>,
 }
 
 impl Clone for Decisions {
     fn clone(&self) -> Self {
-        Self { rules: self.rules, asks: self.asks, policy: self.policy.copy() }
+        Self { policy: self.policy.copy(), ..*self }
     }
 }
 
@@ -160,7 +162,8 @@ impl Decisions {
         let mut rules = policy.rules();
         rules.prefetch = group(rules.prefetch);
         rules.unsync_limit = rules.unsync_limit.map(|limit| limit.max(1).saturating_mul(vcpus as u32));
-        Self { rules, asks: policy.asks(), policy }
+        let asks = policy.asks();
+        Self { rules, asks, asks_any: asks.may_unsync || asks.flood_threshold || asks.prefetch, policy }
     }
 
     /// Whether a page may go out of sync.
@@ -192,7 +195,7 @@ impl Decisions {
     #[inline]
     #[must_use]
     pub fn failed(&self) -> bool {
-        (self.asks.may_unsync || self.asks.flood_threshold || self.asks.prefetch) && self.policy.failed()
+        self.asks_any && self.policy.failed()
     }
 }
 

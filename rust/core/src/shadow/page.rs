@@ -225,10 +225,11 @@ impl Arena {
     }
 
     /// Writes a leaf of a page with gptes, with the frame and the rights that it is made from.
-    #[inline]
+    #[inline(always)]
     pub fn set_leaf(&mut self, pos: SptePos, spte: Spte, gfn: Gfn, access: Access) {
-        debug_assert!(self[pos.page()].has_gptes());
-        self.set_spte(pos, spte);
+        debug_assert!(self[pos.page()].has_gptes() && spte != Spte::EMPTY);
+        self.sptes[pos.0 as usize] = spte.0;
+        self.pages[pos.page().0 as usize].used[pos.index() / 64] |= 1 << (pos.index() % 64);
         self.shadowed[pos.0 as usize] = gfn.0 << 3 | u64::from(access.0);
     }
 

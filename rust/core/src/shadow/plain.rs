@@ -65,29 +65,24 @@ impl Shadow {
         Some(self.rmap_grew(gfn, Level::PT, before))
     }
 
-    /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
-    /// (`FNAME(pte_prefetch)`, 6.1).
-    #[inline]
-    pub(crate) fn prefetch_near(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
-        // Often there is nothing to fill: all neighbours are there, or the first that is not has nothing behind it. An MMIO
-        // entry is none of either.
-        if guest.role.mode.entry_bytes == 8 && !self.has_mmio && self.policy.prefetches_like_kvm() {
-            let start = pos.index() & !(PREFETCH - 1);
-            let there = self.arena[pos.page()].used[start / 64] >> (start % 64);
-            let first = (there as u8).trailing_ones() as usize;
-            if first == PREFETCH {
-                return Flush::NONE;
-            }
-            let gpte = self.memory.host.words_in(guest.contents)[(start + first) % ENTRIES];
-            if gpte & (PT_P | PT_A) != PT_P | PT_A {
-                return Flush::NONE;
-            }
+    /// Whether there may be neighbours to fill. Often there are none: all are there, or the first that is not has nothing
+    /// behind it. An MMIO entry is none of either.
+    #[inline(always)]
+    pub(crate) fn may_prefetch(&self, pos: SptePos, contents: Contents, role: &CpuRole) -> bool {
+        if role.mode.entry_bytes != 8 || self.has_mmio || !self.policy.prefetches_like_kvm() {
+            return true;
         }
-        self.prefetch_group(pos, guest)
+        let start = pos.index() & !(PREFETCH - 1);
+        let there = self.arena[pos.page()].used[start / 64] >> (start % 64);
+        let first = (there as u8).trailing_ones() as usize;
+        let gpte = self.memory.host.words_in(contents)[(start + first) % ENTRIES];
+        first < PREFETCH && gpte & (PT_P | PT_A) == PT_P | PT_A
     }
 
+    /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
+    /// (`FNAME(pte_prefetch)`, 6.1).
     #[inline(never)]
-    fn prefetch_group(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+    pub(crate) fn prefetch_group(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
         let (id, mut owed) = (pos.page(), Flush::NONE);
         let width = self.prefetch_width(id);
         let first = pos.index() & !(width - 1);

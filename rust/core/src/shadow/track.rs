@@ -36,8 +36,13 @@ impl Shadow {
     }
 
     /// A list that had `before` entries got one more.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn rmap_grew(&mut self, gfn: Gfn, level: Level, before: u32) -> Flush {
+        if before == 0 { Flush::NONE } else { self.rmap_grew_longer(gfn, level, before) }
+    }
+
+    #[inline(never)]
+    fn rmap_grew_longer(&mut self, gfn: Gfn, level: Level, before: u32) -> Flush {
         self.counters.max_mmu_rmap_size = self.counters.max_mmu_rmap_size.max(u64::from(before));
         if before <= RMAP_RECYCLE {
             return Flush::NONE;
