@@ -20,13 +20,16 @@ impl Audit<'_> {
     fn shadow_agrees(&self, way: &Way) -> bool {
         let (mut id, mut level) = (way.root(), self.shadow.arena[way.root()].level());
         while level > way.level {
+            if way.path[usize::from(level.0) - 1] != id {
+                return false;
+            }
             let spte = self.shadow.spte(id.entry(way.first_address().index(level)));
             if !spte.is_table(level.0) || !self.is_valid(spte.child()) {
                 return false;
             }
             (id, level) = (spte.child(), level.down());
         }
-        id == way.table && self.shadow.arena[id].gfn == way.walk.steps[usize::from(way.level.0) - 1].table
+        id == way.table() && self.shadow.arena[id].gfn == way.walk.steps[usize::from(way.level.0) - 1].table
     }
 
     fn guest_agrees(&self, vcpu: &Vcpu, way: &Way) -> bool {

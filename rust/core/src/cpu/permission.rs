@@ -65,8 +65,10 @@ impl AccessRow {
         self.0 & 16 != 0
     }
 
+    /// Whether it stores.
     #[inline(always)]
-    const fn write(self) -> bool {
+    #[must_use]
+    pub const fn is_store(self) -> bool {
         self.0 & 1 != 0
     }
 
@@ -75,8 +77,10 @@ impl AccessRow {
         self.0 & 2 != 0
     }
 
+    /// Whether it is made at CPL 3.
     #[inline(always)]
-    const fn user(self) -> bool {
+    #[must_use]
+    pub const fn user(self) -> bool {
         self.0 & 4 != 0
     }
 
@@ -105,7 +109,7 @@ pub const fn permission_fault(role: &CpuRole, have: Access, access: ErrorCode, a
 /// What a row of a role's tables stands for: a store, CPL 3, a fetch, SMAP.
 const fn parts(role: &CpuRole, row: usize) -> (bool, bool, bool, bool) {
     let row = AccessRow(row as u8);
-    (row.write(), row.user(), row.fetch(), role.smap && !row.ac())
+    (row.is_store(), row.user(), row.fetch(), role.smap && !row.ac())
 }
 
 /// The table of a role (`update_permission_bitmask`, 6.1).
@@ -209,6 +213,13 @@ pub(super) const fn guest_tests(role: &CpuRole) -> [GuestTest; ROWS] {
 }
 
 impl CpuRole {
+    /// Whether the CPU forbids an access to a shadow entry with the rights `have`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn cpu_forbids(&self, have: Access, row: AccessRow) -> bool {
+        self.hardware_faults[row.index()] >> have.0 & 1 != 0
+    }
+
     /// The test that a leaf of the shadow must pass for an access without anything left to do.
     #[inline(always)]
     #[must_use]
@@ -238,26 +249,19 @@ pub struct CpuView {
 }
 
 impl CpuView {
-    /// The error code of an access, without P.
+    /// The kind of an access that it makes.
     #[inline]
     #[must_use]
-    pub const fn code(self, kind: AccessKind) -> ErrorCode {
-        kind.code().with(ErrorCode::U.when(self.user))
+    pub const fn row(self, kind: AccessKind) -> AccessRow {
+        AccessRow::of_kind(kind, self.user, !self.smap_holds)
     }
 
-    /// Whether the CPU forbids an access to a shadow entry with the rights `have`.
+    /// Whether PKRU forbids an access to a shadow entry with the rights `have`.
     #[inline]
     #[must_use]
-    pub const fn forbids(self, role: &CpuRole, have: Access, kind: AccessKind) -> bool {
-        role.hardware_faults[AccessRow::new(self.code(kind), self.smap_holds).index()] >> have.0 & 1 != 0
-    }
-
-    /// Whether PKRU does.
-    #[inline]
-    #[must_use]
-    pub const fn forbids_by_key(self, have: Access, kind: AccessKind) -> bool {
-        let bits = if matches!(kind, AccessKind::Write) { 3 } else { 1 };
-        self.key0 & bits != 0 && have.has(Access::U) && !matches!(kind, AccessKind::Fetch)
+    pub const fn forbids_by_key(self, have: Access, row: AccessRow) -> bool {
+        let bits = if row.is_store() { 3 } else { 1 };
+        self.key0 & bits != 0 && have.has(Access::U) && !row.fetch()
     }
 }
 
@@ -303,10 +307,10 @@ mod tests {
     fn the_cpu_obeys_wp_and_nx_whatever_the_guest_set() {
         let regs = Registers { cr0: 0x8000_0033, efer: 0x500, ..Registers::default() };
         let role = CpuRole::of(&regs, &ZEN);
-        let view = CpuView { user: false, smap_holds: true, rsvd_sets_p: true, key0: 0 };
-        assert!(!role.wp && view.forbids(&role, Access::X, AccessKind::Write));
-        assert!(!role.nx && view.forbids(&role, Access::W, AccessKind::Fetch));
-        assert!(!view.forbids(&role, Access::NONE, AccessKind::Read));
+        let row = |kind| AccessRow::of_kind(kind, false, false);
+        assert!(!role.wp && role.cpu_forbids(Access::X, row(AccessKind::Write)));
+        assert!(!role.nx && role.cpu_forbids(Access::W, row(AccessKind::Fetch)));
+        assert!(!role.cpu_forbids(Access::NONE, row(AccessKind::Read)));
     }
 
     #[test]

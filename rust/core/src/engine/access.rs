@@ -125,6 +125,7 @@ impl Ctx<'_> {
     }
 
     /// The guest gets a fault of its own.
+    #[inline(never)]
     pub(crate) fn reflect(&mut self, fault: GuestFault) -> Outcome {
         let outcome = self.inject(fault);
         self.leave(outcome)
@@ -138,6 +139,7 @@ impl Ctx<'_> {
     }
 
     /// KVM enters the guest again before anything else happens, so requests are served within the operation.
+    #[inline]
     pub(crate) fn leave(&mut self, outcome: Outcome) -> Outcome {
         match outcome.status {
             Status::InternalError | Status::Shutdown => outcome,
@@ -207,7 +209,7 @@ impl Ctx<'_> {
             return Err(Trap::GeneralProtection);
         }
         let table = self.vcpu.root.table(gva);
-        access(self.shadow, &self.vcpu.role, table, gva, (kind, view)).map_err(|code| Trap::Fault {
+        access(self.shadow, &self.vcpu.role, table, gva, (view.row(kind), view)).map_err(|code| Trap::Fault {
             gva,
             code,
             operand,

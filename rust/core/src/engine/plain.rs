@@ -7,6 +7,7 @@
 use crate::cpu::Requests;
 use crate::engine::Vm;
 use crate::fault::quick::{Plain, Quick};
+use crate::fault::store::{Written, store_code};
 use crate::fault::{Ctx, GuestFault};
 use crate::hw::walk::access_entry;
 use crate::outcome::Outcome;
@@ -57,8 +58,9 @@ impl Ctx<'_> {
         }
         let end = self.walk_near(root, plain.gva);
         let leaf = self.shadow.spte(end.0);
-        let what = self.come_to_end(*plain, end, leaf)?;
-        Ok(self.end_counted(*plain, what))
+        let write = if plain.row.is_store() && leaf.lacks_w() { self.write_to_end(*plain, end, leaf) } else { None };
+        let came = write.unwrap_or_else(|| self.come_to_end(*plain, end, leaf))?;
+        Ok(self.end_counted(*plain, came))
     }
 
     /// What ends an access that comes to `leaf`, the entry at the end of the shadow's walk.
@@ -70,12 +72,33 @@ impl Ctx<'_> {
         let seen = if leaf == Spte::EMPTY {
             Err(plain.row.code())
         } else {
-            let what = (plain.row.kind(), plain.row.view());
+            let what = (plain.row, plain.row.view());
             access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what)
         };
         match seen {
             Ok(frame) => Ok(End::Access(frame)),
             Err(code) => self.fault_plain(plain, code),
+        }
+    }
+
+    /// The same for a store to a leaf without W, where there is a shorter way; `None`, and nothing done, if it is not plain
+    /// enough for that.
+    #[inline(always)]
+    pub(super) fn write_to_end(
+        &mut self,
+        plain: Plain,
+        end: (SptePos, Level),
+        leaf: Spte,
+    ) -> Option<Result<End, Rest>> {
+        if end.1 != Level::PT || self.shadow.events.wants_any() {
+            return None;
+        }
+        match self.quick_write((end.0, leaf), plain, plain.value.filter(|_| plain.writes_tables)) {
+            Written::No => None,
+            Written::Forbidden(base) => Some(Ok(End::Guest(self.guest_fault(plain.gva, base, store_code(plain.row))))),
+            Written::Emulated => Some(Ok(End::Stored)),
+            Written::Allowed(gfn) => Some(Ok(End::Access(Some(gfn)))),
+            Written::Again => Some(Err(Rest::Again)),
         }
     }
 
@@ -145,12 +168,11 @@ impl Ctx<'_> {
             Quick::Allowed(gfn) => Ok(End::Access(Some(gfn))),
             Quick::No => Err(Rest::All),
             Quick::Guest(fault) => Ok(End::Guest(fault)),
-            Quick::Stored => Ok(End::Stored),
             Quick::Protected { write_to_table } => Err(Rest::Protected(write_to_table)),
             // Unless KVM has to do something first, the access goes on by the entry that was repaired.
             Quick::Mapped(_) if self.vcpu.requests != Requests::default() => Err(Rest::Again),
             Quick::Mapped(pos) => {
-                let (end, what) = ((pos, Level::PT), (plain.row.kind(), plain.row.view()));
+                let (end, what) = ((pos, Level::PT), (plain.row, plain.row.view()));
                 let frame = access_entry(self.shadow, &self.vcpu.role, end, plain.gva, what);
                 frame.map_or(Err(Rest::Again), |frame| Ok(End::Access(frame)))
             }

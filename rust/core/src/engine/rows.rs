@@ -162,11 +162,17 @@ impl Ctx<'_> {
                 let outcome = self.touch_plain(plain, || Some(Gpa(Host::gfn(leaf.pfn())?.gpa().0 | inside())));
                 (rows.each)(&outcome);
                 rows.done += 1;
-            } else if let Some(rest) = self.run_other(rows, end, leaf) {
-                return rest;
-            } else {
-                root = self.vcpu.root.page();
+                continue;
             }
+            let rest = if words.row().is_store() && leaf.lacks_w() {
+                self.run_write(rows, end, leaf)
+            } else {
+                self.run_other(rows, end, leaf)
+            };
+            if let Some(rest) = rest {
+                return rest;
+            }
+            root = self.vcpu.root.page();
         }
     }
 
@@ -180,7 +186,33 @@ impl Ctx<'_> {
         leaf: Spte,
     ) -> Option<Rest> {
         let plain = Words::of(&rows.all[rows.done]).plain(rows.options.no_values);
-        match self.come_to_end(plain, end, leaf) {
+        let came = self.come_to_end(plain, end, leaf);
+        self.end_row(rows, plain, came)
+    }
+
+    /// The same for a store to a leaf without W.
+    #[inline(never)]
+    fn run_write<F: FnMut(&Outcome)>(
+        &mut self,
+        rows: &mut Rows<'_, F>,
+        end: (SptePos, Level),
+        leaf: Spte,
+    ) -> Option<Rest> {
+        let plain = Words::of(&rows.all[rows.done]).plain(rows.options.no_values);
+        match self.write_to_end(plain, end, leaf) {
+            Some(came) => self.end_row(rows, plain, came),
+            None => self.run_other(rows, end, leaf),
+        }
+    }
+
+    #[inline(always)]
+    fn end_row<F: FnMut(&Outcome)>(
+        &mut self,
+        rows: &mut Rows<'_, F>,
+        plain: Plain,
+        came: Result<End, Rest>,
+    ) -> Option<Rest> {
+        match came {
             Err(rest) => Some(rest),
             Ok(end @ End::Access(_)) => {
                 let outcome = self.end_plain(plain, end);

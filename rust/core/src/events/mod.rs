@@ -164,50 +164,56 @@ impl EventLog {
     #[inline]
     fn push(&mut self, kind: EventKind, fill: impl FnOnce(&mut Event)) {
         if self.wants(kind) {
-            let mut event = Event { op: self.op, a: 0, b: 0, c: 0, code: 0, kind, vcpu: self.vcpu, level: 0, flag: 0 };
-            fill(&mut event);
-            self.records.push(event);
+            self.push_wanted(kind, fill);
         }
+    }
+
+    /// Apart, so that who raises an event that nobody wants carries nothing of this.
+    #[inline(never)]
+    fn push_wanted(&mut self, kind: EventKind, fill: impl FnOnce(&mut Event)) {
+        let mut event = Event { op: self.op, a: 0, b: 0, c: 0, code: 0, kind, vcpu: self.vcpu, level: 0, flag: 0 };
+        fill(&mut event);
+        self.records.push(event);
     }
 
     /// `kvm_exit`.
     pub fn exit(&mut self, reason: usize, rip: u64, info1: u64) {
-        self.push(EventKind::Exit, |e| (e.code, e.a, e.b) = (reason as u32, rip, info1));
+        self.push(EventKind::Exit, move |e| (e.code, e.a, e.b) = (reason as u32, rip, info1));
     }
 
     /// `kvm_page_fault`.
     pub fn page_fault(&mut self, rip: u64, address: Gva, code: ErrorCode) {
-        self.push(EventKind::PageFault, |e| (e.a, e.b, e.code) = (rip, address.0, code.0 as u32));
+        self.push(EventKind::PageFault, move |e| (e.a, e.b, e.code) = (rip, address.0, code.0 as u32));
     }
 
     /// `kvm_mmu_pagetable_walk`.
     pub fn pagetable_walk(&mut self, address: Gva, access: ErrorCode) {
-        self.push(EventKind::PagetableWalk, |e| (e.a, e.code) = (address.0, access.0 as u32));
+        self.push(EventKind::PagetableWalk, move |e| (e.a, e.code) = (address.0, access.0 as u32));
     }
 
     /// `kvm_mmu_paging_element`.
     pub fn paging_element(&mut self, pte: u64, level: u8) {
-        self.push(EventKind::PagingElement, |e| (e.a, e.level) = (pte, level));
+        self.push(EventKind::PagingElement, move |e| (e.a, e.level) = (pte, level));
     }
 
     /// `kvm_mmu_set_accessed_bit`.
     pub fn set_accessed_bit(&mut self, gpa: Gpa) {
-        self.push(EventKind::SetAccessedBit, |e| e.a = gpa.0);
+        self.push(EventKind::SetAccessedBit, move |e| e.a = gpa.0);
     }
 
     /// `kvm_mmu_set_dirty_bit`.
     pub fn set_dirty_bit(&mut self, gpa: Gpa) {
-        self.push(EventKind::SetDirtyBit, |e| e.a = gpa.0);
+        self.push(EventKind::SetDirtyBit, move |e| e.a = gpa.0);
     }
 
     /// `kvm_mmu_walker_error`.
     pub fn walker_error(&mut self, code: ErrorCode) {
-        self.push(EventKind::WalkerError, |e| e.code = code.0 as u32);
+        self.push(EventKind::WalkerError, move |e| e.code = code.0 as u32);
     }
 
     /// One of the events that show a shadow page.
     pub fn page(&mut self, kind: EventKind, page: impl FnOnce() -> PageText, created: bool) {
-        self.push(kind, |e| {
+        self.push(kind, move |e| {
             let p = page();
             (e.a, e.b, e.code, e.level) = (p.gfn, u64::from(p.root_count), p.role, p.generation);
             e.flag = u8::from(p.unsync) | u8::from(created) << 1;
@@ -216,32 +222,32 @@ impl EventLog {
 
     /// `mark_mmio_spte`.
     pub fn mark_mmio_spte(&mut self, sptep: u64, gfn: u64, access: u32, generation: u64) {
-        self.push(EventKind::MarkMmioSpte, |e| (e.a, e.b, e.code, e.c) = (sptep, gfn, access, generation));
+        self.push(EventKind::MarkMmioSpte, move |e| (e.a, e.b, e.code, e.c) = (sptep, gfn, access, generation));
     }
 
     /// `handle_mmio_page_fault`.
     pub fn handle_mmio_page_fault(&mut self, address: Gva, gfn: u64, access: Access) {
-        self.push(EventKind::HandleMmioPageFault, |e| (e.a, e.b, e.code) = (address.0, gfn, u32::from(access.0)));
+        self.push(EventKind::HandleMmioPageFault, move |e| (e.a, e.b, e.code) = (address.0, gfn, u32::from(access.0)));
     }
 
     /// `check_mmio_spte`.
     pub fn check_mmio_spte(&mut self, spte: u64, kvm_generation: u64, spte_generation: u64) {
-        self.push(EventKind::CheckMmioSpte, |e| (e.a, e.b, e.c) = (spte, kvm_generation, spte_generation));
+        self.push(EventKind::CheckMmioSpte, move |e| (e.a, e.b, e.c) = (spte, kvm_generation, spte_generation));
     }
 
     /// `kvm_mmu_spte_requested`; `pfn` is `None` for a frame without a slot.
     pub fn spte_requested(&mut self, gfn: u64, pfn: Option<u64>, level: u8) {
-        self.push(EventKind::SpteRequested, |e| (e.a, e.b, e.level) = (gfn, pfn.unwrap_or(1 << 63), level));
+        self.push(EventKind::SpteRequested, move |e| (e.a, e.b, e.level) = (gfn, pfn.unwrap_or(1 << 63), level));
     }
 
     /// `kvm_mmu_set_spte`.
     pub fn set_spte(&mut self, gfn: u64, spte: u64, sptep: u64, level: u8) {
-        self.push(EventKind::SetSpte, |e| (e.a, e.b, e.c, e.level) = (gfn, spte, sptep, level));
+        self.push(EventKind::SetSpte, move |e| (e.a, e.b, e.c, e.level) = (gfn, spte, sptep, level));
     }
 
     /// `fast_page_fault`.
     pub fn fast_page_fault(&mut self, address: Gva, code: ErrorCode, old: u64, sptep: u64, result: RetPf) {
-        self.push(EventKind::FastPageFault, |e| {
+        self.push(EventKind::FastPageFault, move |e| {
             (e.a, e.code, e.b, e.c) = (address.0, code.0 as u32, old, sptep);
             e.flag = u8::from(result == RetPf::Spurious) | u8::from(result == RetPf::Fixed) << 1;
         });
@@ -249,39 +255,39 @@ impl EventLog {
 
     /// `kvm_mmu_zap_all_fast`.
     pub fn zap_all_fast(&mut self, generation: u8, used: u64) {
-        self.push(EventKind::ZapAllFast, |e| (e.level, e.a) = (generation, used));
+        self.push(EventKind::ZapAllFast, move |e| (e.level, e.a) = (generation, used));
     }
 
     /// `kvm_emulate_insn`.
     pub fn emulate_insn(&mut self, rip: u64, failed: bool) {
-        self.push(EventKind::EmulateInsn, |e| (e.a, e.flag) = (rip, u8::from(failed)));
+        self.push(EventKind::EmulateInsn, move |e| (e.a, e.flag) = (rip, u8::from(failed)));
     }
 
     /// `kvm_inj_exception`.
     pub fn inj_exception(&mut self, vector: u8, code: u32, reinjected: bool) {
-        self.push(EventKind::InjException, |e| (e.level, e.code, e.flag) = (vector, code, u8::from(reinjected)));
+        self.push(EventKind::InjException, move |e| (e.level, e.code, e.flag) = (vector, code, u8::from(reinjected)));
     }
 
     /// `vcpu_match_mmio`.
     pub fn match_mmio(&mut self, gva: Gva, gpa: Gpa, write: bool, by_gpa: bool) {
-        self.push(EventKind::MatchMmio, |e| {
+        self.push(EventKind::MatchMmio, move |e| {
             (e.a, e.b, e.flag) = (gva.0, gpa.0, u8::from(write) | u8::from(by_gpa) << 1);
         });
     }
 
     /// `kvm_mmio`: 0 unsatisfied read, 1 read, 2 write.
     pub fn mmio(&mut self, what: u8, len: u8, gpa: Gpa, value: u64) {
-        self.push(EventKind::Mmio, |e| (e.flag, e.level, e.a, e.b) = (what, len, gpa.0, value));
+        self.push(EventKind::Mmio, move |e| (e.flag, e.level, e.a, e.b) = (what, len, gpa.0, value));
     }
 
     /// `kvm_unmap_hva_range`.
     pub fn unmap_hva_range(&mut self, first: Gpa, end: Gpa) {
-        self.push(EventKind::UnmapHvaRange, |e| (e.a, e.b) = (first.0, end.0));
+        self.push(EventKind::UnmapHvaRange, move |e| (e.a, e.b) = (first.0, end.0));
     }
 
     /// `kvm_set_spte_hva`.
     pub fn set_spte_hva(&mut self, gpa: Gpa) {
-        self.push(EventKind::SetSpteHva, |e| e.a = gpa.0);
+        self.push(EventKind::SetSpteHva, move |e| e.a = gpa.0);
     }
 }
 

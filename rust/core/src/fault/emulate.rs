@@ -223,7 +223,6 @@ impl Ctx<'_> {
         Ok(())
     }
 
-    #[inline]
     pub(crate) fn write_ram(&mut self, keep: bool, gpa: Gpa, size: u8, value: u128) {
         self.host_makes_writable(gpa.gfn());
         if !keep {

@@ -29,28 +29,28 @@ impl Ctx<'_> {
             && let Some(way) = self.ways.find(root, fault.gva, self.shadow)
         {
             // All links are there.
-            let table = way.table;
-            self.forget_floods(root, fault.gva);
+            let table = way.table();
+            self.forget_floods(fault.gva);
             return self.map((table, Level::PT), fault, walk.pte_access, walk.steps[0].table);
         }
         let top = self.vcpu.role.mode.top;
         if self.gpte_changed(fault, walk, top) {
             return RetPf::Retry;
         }
-        let (mut id, mut directory) = (root, root);
+        let (mut id, mut path) = (root, [root; 5]);
         let memorable = walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top);
         for level in (walk.level.0 + 1..=top.0).rev() {
             if memorable && level == 2 {
-                directory = id;
-                self.ways.remember_directory((root, fault.gva), self.shadow, id, walk);
+                self.ways.remember_directory((root, fault.gva), self.shadow, &path, walk);
             }
             match self.descend_indirect(id, Level(level), fault, walk) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
             }
+            path[usize::from(level) - 2] = id;
         }
         if memorable {
-            self.ways.remember((root, fault.gva), self.shadow, (directory, id), walk);
+            self.ways.remember((root, fault.gva), self.shadow, &path, walk);
         }
         self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }

@@ -10,6 +10,7 @@ pub mod pte_write;
 pub(crate) mod quick;
 pub mod retry;
 mod seek;
+pub(crate) mod store;
 pub(crate) mod ways;
 
 use crate::bits::CR4_LA57;
@@ -20,7 +21,7 @@ use crate::memory::HostState;
 use crate::mode::{LEVEL4, LEVEL5};
 use crate::outcome::{Outcome, Status};
 use crate::shadow::{Flush, Shadow};
-use crate::types::{ErrorCode, Gfn, Gpa, Gva, PageId};
+use crate::types::{ErrorCode, Gfn, Gpa, Gva};
 use insn::Insn;
 use ways::Ways;
 
@@ -110,12 +111,14 @@ impl Ctx<'_> {
         way.map_or(GuestWalk::start(), |way| way.walk)
     }
 
-    /// A fault goes the way of an address: what was counted against the pages on it is forgotten
+    /// A fault goes the way of an address, which is remembered: what was counted against the pages on it is forgotten
     /// (`__clear_sp_write_flooding_count` in `FNAME(fetch)`, 6.1).
     #[inline(always)]
-    pub(crate) fn forget_floods(&mut self, root: PageId, gva: Gva) {
-        if self.ways.floods_moved(gva, self.shadow.floods) {
-            self.shadow.clear_flood_path(root, gva);
+    pub(crate) fn forget_floods(&mut self, gva: Gva) {
+        if let Some(path) = self.ways.flood_path(gva, self.shadow.floods) {
+            for id in path {
+                self.shadow.arena[*id].flood = 0;
+            }
         }
     }
 
@@ -145,25 +148,44 @@ impl Ctx<'_> {
 
     /// Gives a page fault to the guest (`kvm_inject_emulated_page_fault`, 6.1). If the translation was present the
     /// CPU may hold it, so its address is invalidated in the current root first.
+    #[inline]
     pub(crate) fn inject(&mut self, fault: GuestFault) -> Outcome {
-        if fault.code.has(ErrorCode::P) && !fault.code.has(ErrorCode::RSVD) && !self.is_noncanonical(fault.address) {
-            let flush = self.shadow.invlpg(self.vcpu, fault.address, false);
-            self.pay(flush);
+        if fault.code.has(ErrorCode::P) && !fault.code.has(ErrorCode::RSVD) {
+            self.invalidate_faulting(fault.address);
         }
         self.vcpu.counters.pf_guest += 1;
         self.vcpu.cr2 = fault.address.0;
-        let code = fault.code.0 as u32;
+        if let Some(outcome) = self.vcpu.delivering.and_then(|vector| self.inject_into(vector, fault)) {
+            return outcome;
+        }
+        self.queue_exception(PAGE_FAULT, fault.code.0 as u32);
+        Outcome::page_fault(fault.address.0, fault.code)
+    }
+
+    /// The fault comes while an event is delivered.
+    #[inline(never)]
+    fn inject_into(&mut self, delivered: u8, fault: GuestFault) -> Option<Outcome> {
         // kvm_multiple_exception (6.1): a #PF while another is delivered becomes #DF, while #DF is delivered a shutdown.
         // After any other event it is itself; contributory exceptions only combine among each other.
-        match self.vcpu.delivering {
-            Some(DOUBLE_FAULT) => self.vcpu.requests.raise(Requests::TRIPLE_FAULT),
-            Some(PAGE_FAULT) => {
-                self.queue_exception(DOUBLE_FAULT, 0);
-                return Outcome { address: fault.address.0, ..Outcome::of(Status::DoubleFault) };
+        match delivered {
+            DOUBLE_FAULT => {
+                self.vcpu.requests.raise(Requests::TRIPLE_FAULT);
+                Some(Outcome::page_fault(fault.address.0, fault.code))
             }
-            _ => self.queue_exception(PAGE_FAULT, code),
+            PAGE_FAULT => {
+                self.queue_exception(DOUBLE_FAULT, 0);
+                Some(Outcome { address: fault.address.0, ..Outcome::of(Status::DoubleFault) })
+            }
+            _ => None,
         }
-        Outcome::page_fault(fault.address.0, fault.code)
+    }
+
+    #[inline(never)]
+    fn invalidate_faulting(&mut self, gva: Gva) {
+        if !self.is_noncanonical(gva) {
+            let flush = self.shadow.invlpg(self.vcpu, gva, false);
+            self.pay(flush);
+        }
     }
 
     fn queue_exception(&mut self, vector: u8, code: u32) {

@@ -133,7 +133,7 @@ impl Ctx<'_> {
         self.count_fault(code);
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn count_fault(&mut self, code: ErrorCode) {
         let counters = &mut self.vcpu.counters;
         counters.exits += 1;

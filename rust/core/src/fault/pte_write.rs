@@ -20,10 +20,21 @@ impl Shadow {
         let (gpa, bytes) = if pae && bytes == 4 { (Gpa(gpa.0 & !7), 8) } else { (gpa, bytes) };
         let whole = matches!(bytes, 4 | 8) && gpa.offset() + u64::from(bytes) <= 4096;
         let gentry = if whole { self.memory.host.read(gpa, bytes) } else { 0 };
+        self.entry_written(gpa, bytes, gentry, role)
+    }
+
+    /// The same once the written value of a whole entry, else 0, is known.
+    #[inline(always)]
+    pub(crate) fn entry_written(&mut self, gpa: Gpa, bytes: u8, gentry: u64, role: &CpuRole) -> Flush {
         self.counters.mmu_pte_write += 1;
         let (mut list, mut flush, mut updates) = (ZapList::default(), false, Flush::NONE);
-        let mut at = self.next_gptes_page(gpa.gfn(), None);
+        let mut at = self.arena.chain_first(gpa.gfn());
         while let Some(id) = at {
+            // Zapped pages keep their place until the list is committed.
+            at = self.arena.chain_next(id);
+            if !self.is_gptes_page(id, gpa.gfn()) {
+                continue;
+            }
             let page = self.arena[id].role;
             if is_misaligned(gpa, bytes, page.entry_bytes()) || self.is_flooding(id) {
                 let _ = self.prepare_zap(id, &mut list);
@@ -39,21 +50,23 @@ impl Shadow {
                     }
                 }
             }
-            at = self.next_gptes_page(gpa.gfn(), Some(id));
         }
         updates += self.commit_or_flush(list, flush);
         updates
     }
 
     /// Counts a write to an upper-level page (`detect_write_flooding`, 6.1).
+    #[inline(always)]
     fn is_flooding(&mut self, id: PageId) -> bool {
-        if self.arena[id].level() == Level::PT {
+        let page = &mut self.arena[id];
+        if page.level() == Level::PT {
             return false;
         }
-        self.arena[id].flood += 1;
+        page.flood += 1;
+        let count = page.flood;
         self.floods += 1;
         let (arena, policy) = (&self.arena, &mut self.policy);
-        arena[id].flood >= policy.flood_threshold(|| page_view(arena, id))
+        count >= policy.flood_threshold(|| page_view(arena, id))
     }
 
     /// The host replaced a whole page by the guest's own stores, of which the recording kept only the result. Pages

@@ -8,7 +8,6 @@ use crate::bits::{PT_A, PT_D};
 use crate::config::MIN_FREE_PAGES;
 use crate::cpu::{AccessRow, Requests, permission_fault};
 use crate::fault::Ctx;
-use crate::fault::emulate::APIC_GFN;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
@@ -18,7 +17,7 @@ use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
 use crate::shadow::spte::Spte;
 use crate::shadow::{Flush, Guest};
-use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gpa, Gva, Level, PageId, SptePos};
+use crate::types::{Access, AccessKind, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
 
 /// What a plain access needs to know of an instruction; everything else about it has its default.
 #[derive(Clone, Copy)]
@@ -63,17 +62,15 @@ pub(crate) enum Quick {
     Allowed(Gfn),
     /// The entry there maps the page now, or did already.
     Mapped(SptePos),
-    /// The store was emulated; the guest is to be entered.
-    Stored,
     /// The page is write-protected; the store goes to a table of its own walk or not. Its exit is counted, the rest is
     /// to be done.
     Protected { write_to_table: bool },
 }
 
 /// The last-level table of an address.
-struct LastTable {
+pub(super) struct LastTable {
     /// The shadow's, if it is linked already.
-    shadow: Option<PageId>,
+    pub shadow: Option<PageId>,
     /// The guest's.
     guest: Gfn,
     /// What is in it.
@@ -86,12 +83,12 @@ impl LastTable {
     #[inline(always)]
     fn of(way: &Way, host: &Host) -> Self {
         let Step { table: guest, access: granted, .. } = way.walk.steps[0];
-        Self { shadow: Some(way.table), guest, contents: way.contents(host), granted }
+        Self { shadow: Some(way.table()), guest, contents: way.contents(host), granted }
     }
 }
 
 /// What the guest says of an address.
-enum Translation {
+pub(super) enum Translation {
     /// The frame, and the rights that it gives.
     Page(Gfn, Access),
     /// A fault; P and RSVD of its code.
@@ -109,14 +106,13 @@ impl Ctx<'_> {
         let Some(last) = self.quick_table(root, gva) else { return Quick::No };
         let (gfn, access) = match self.plain_translation(&last, gva, code, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
-            Translation::Fault(base) => return self.guest_fault(gva, base, code),
+            Translation::Fault(base) => return Quick::Guest(self.guest_fault(gva, base, code)),
             Translation::Other => return Quick::No,
         };
         // No request is pending, so the root is none that was zapped.
         debug_assert!(self.shadow.is_valid(root));
         if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
-            let Some(value) = plain.value.filter(|_| plain.writes_tables) else { return Quick::No };
-            return self.quick_store(root, Gpa(gfn.gpa().0 | gva.offset()), gva, (plain.size, value), code);
+            return Quick::No;
         }
         let table = match last.shadow {
             Some(table) => table,
@@ -130,7 +126,7 @@ impl Ctx<'_> {
         if self.shadow.spte(pos) == Spte::EMPTY
             && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
         {
-            self.count_quick(root, gva, code);
+            self.count_quick(gva, code);
             self.vcpu.counters.pf_fixed += 1;
             self.after_leaf(pos, &last, owed);
             if self.vcpu.requests != Requests::default() {
@@ -141,7 +137,7 @@ impl Ctx<'_> {
             return Quick::Allowed(gfn);
         }
         let Some((result, owed)) = self.set_quick_leaf(pos, gfn, access, code) else { return Quick::No };
-        self.count_quick(root, gva, code);
+        self.count_quick(gva, code);
         if result == RetPf::Spurious {
             self.vcpu.counters.pf_spurious += 1;
             self.pay(owed);
@@ -154,15 +150,15 @@ impl Ctx<'_> {
 
     /// The fault is taken, and goes all the way of its address.
     #[inline(always)]
-    fn count_quick(&mut self, root: PageId, gva: Gva, code: ErrorCode) {
-        self.forget_floods(root, gva);
+    pub(super) fn count_quick(&mut self, gva: Gva, code: ErrorCode) {
+        self.forget_floods(gva);
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
     }
 
     /// What follows an entry that was made: its neighbours, and the flushes that both owe.
     #[inline(always)]
-    fn after_leaf(&mut self, pos: SptePos, last: &LastTable, mut owed: Flush) {
+    pub(super) fn after_leaf(&mut self, pos: SptePos, last: &LastTable, mut owed: Flush) {
         if self.shadow.may_prefetch(pos, last.contents, &self.vcpu.role) {
             let guest = Guest { contents: last.contents, granted: last.granted, role: &self.vcpu.role };
             owed += self.shadow.prefetch_group(pos, guest);
@@ -173,7 +169,7 @@ impl Ctx<'_> {
 
     /// The last-level tables of an address.
     #[inline(always)]
-    fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
+    pub(super) fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
         match self.ways.find(root, gva, self.shadow) {
             Some(way) => Some(LastTable::of(way, &self.shadow.memory.host)),
             None => self.seek_table(root, gva),
@@ -195,28 +191,6 @@ impl Ctx<'_> {
         Some(LastTable { shadow: None, guest, contents: self.shadow.memory.host.contents(guest), granted })
     }
 
-    /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
-    fn quick_store(&mut self, root: PageId, gpa: Gpa, gva: Gva, (size, value): (u8, u64), code: ErrorCode) -> Quick {
-        let (generation, gfn) = (self.shadow.memory.generation, gpa.gfn());
-        let device = self.vcpu.mmio_matches(gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation);
-        let ram = self.shadow.memory.slot(gfn).is_some_and(|slot| !slot.readonly) && gfn.0 != APIC_GFN;
-        if device || !ram {
-            return Quick::No;
-        }
-        self.count_fault(code);
-        let counters = &mut self.vcpu.counters;
-        counters.pf_taken += 1;
-        counters.pf_emulate += 1;
-        counters.insn_emulation += 1;
-        self.shadow.clear_flood_path(root, gva);
-        // Of the place where an instruction was last resumed only 6.12 still knows after another write, if it is this one.
-        if !self.shadow.config.kernel.retry_needs_zap || self.vcpu.last_retry != (0, gva.0) {
-            self.vcpu.last_retry = (0, 0);
-        }
-        self.write_ram(false, gpa, size, u128::from(value));
-        Quick::Stored
-    }
-
     /// The last-level table of an address below a directory, if there is one and all about it is plain.
     fn last_table(&self, way: &Way, gva: Gva) -> Option<Step> {
         let (role, directory, memory) = (&self.vcpu.role, way.walk.steps[1], &self.shadow.memory);
@@ -236,23 +210,29 @@ impl Ctx<'_> {
         let directory = way.walk.steps[1].table;
         let pde = Gpte(self.shadow.memory.host.entry(directory, mode.index(gva, Level::PD), mode.entry_bytes));
         let last = Step { table, pte: pde, access };
-        self.shadow.clear_flood_path(root, gva);
-        let pos = way.table.entry(gva.index(Level::PD));
-        let role = self.shadow.arena[way.table].role.child(pos.index(), false, last.access);
+        for id in &way.path[1..] {
+            self.shadow.arena[*id].flood = 0;
+        }
+        let pos = way.table().entry(gva.index(Level::PD));
+        let role = self.shadow.arena[pos.page()].role.child(pos.index(), false, last.access);
         let linked = self.shadow.is_linked(pos, last.table, role);
         let new = (!linked).then(|| self.find_child(last.table, role));
         let table = self.link_if_new(pos, new);
         let mut walk = way.walk;
         walk.steps[1].pte = last.pte;
         walk.steps[0] = Step { pte: Gpte(0), ..last };
-        self.ways.remember((root, gva), self.shadow, (way.table, table), &walk);
+        let mut path = way.path;
+        path[0] = table;
+        self.ways.remember((root, gva), self.shadow, &path, &walk);
         table
     }
 
-    fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> Quick {
+    /// The fault is taken, and is the guest's own.
+    #[inline(always)]
+    pub(crate) fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> GuestFault {
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
-        Quick::Guest(GuestFault { address: gva, code: fault_code(&self.vcpu.role, base, code) })
+        GuestFault { address: gva, code: fault_code(&self.vcpu.role, base, code) }
     }
 
     #[cold]
@@ -273,8 +253,8 @@ impl Ctx<'_> {
     }
 
     /// What the guest's last-level entry says.
-    #[inline]
-    fn plain_translation(&self, last: &LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
+    #[inline(always)]
+    pub(super) fn plain_translation(&self, last: &LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
         let (role, granted) = (&self.vcpu.role, last.granted);
         let host = &self.shadow.memory.host;
         let gpte = Gpte(match role.mode.entry_bytes {
@@ -285,17 +265,17 @@ impl Ctx<'_> {
         if role.guest_test(row).passes(gpte.0, granted) && room {
             return Translation::Page(gpte.gfn(), gpte.protect_clean(granted.and(gpte.access())));
         }
-        self.other_translation(gpte, granted, code, row.ac())
+        if gpte.present() {
+            return self.other_translation(gpte, granted, code, row.ac());
+        }
+        Translation::Fault(ErrorCode(0))
     }
 
-    /// What an entry says that is not in order at first sight.
+    /// What an entry says that is present but not in order at first sight.
     #[inline(never)]
     fn other_translation(&self, gpte: Gpte, granted: Access, code: ErrorCode, ac: bool) -> Translation {
         let role = &self.vcpu.role;
         let write = code.has(ErrorCode::W);
-        if !gpte.present() {
-            return Translation::Fault(ErrorCode(0));
-        }
         if gpte.has_reserved(role, Level::PT) {
             return Translation::Fault(ErrorCode::P.with(ErrorCode::RSVD));
         }

@@ -16,18 +16,21 @@ impl Ctx<'_> {
         let mut walk = GuestWalk { level: Level::PT, ..GuestWalk::start() };
         let (mut id, mut level) = (root, top);
         let mut step = Step { table: Gpte(self.vcpu.regs.cr3).gfn(), pte: Gpte(0), access: Access::ALL };
+        let mut path = [root; 5];
         while level > Level::PD {
             let Some((child, below)) = self.linked_below(id, &mut step, gva, level) else { return false };
             walk.steps[usize::from(level.0) - 1] = step;
             (id, step, level) = (child, below, level.down());
+            path[usize::from(level.0) - 1] = id;
         }
         walk.steps[1] = step;
         let below = self.linked_below(id, &mut step, gva, level);
-        self.ways.remember_directory((root, gva), self.shadow, id, &walk);
+        self.ways.remember_directory((root, gva), self.shadow, &path, &walk);
         if let Some((table, last)) = below {
             walk.steps[1] = step;
             walk.steps[0] = last;
-            self.ways.remember((root, gva), self.shadow, (id, table), &walk);
+            path[0] = table;
+            self.ways.remember((root, gva), self.shadow, &path, &walk);
         }
         // A fault has yet to go there.
         self.ways.count_floods_anew(gva);

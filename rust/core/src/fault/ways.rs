@@ -18,6 +18,9 @@ const DIRECTORIES: usize = 16;
 /// How many to directories of the shadow alone, which accesses without a fault go, too.
 const NEAR: usize = 64;
 
+/// The shadow pages of a way, by level - 1; those that it does not come to are its root.
+pub(crate) type Path = [PageId; 5];
+
 /// Address bits of what a table of level 1 or 2 maps.
 const fn shift(level: Level) -> u32 {
     12 + 9 * level.0 as u32
@@ -61,9 +64,9 @@ impl Track {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Way {
     track: Track,
-    /// The shadow table, of level 1 or 2.
-    pub table: PageId,
-    /// Its level.
+    /// The shadow pages on it.
+    pub path: Path,
+    /// The level of the last one.
     pub level: Level,
     /// The count of writes against pages when those against the pages on this way were last forgotten.
     floods: u64,
@@ -75,8 +78,14 @@ pub(crate) struct Way {
 
 impl Way {
     const fn none(level: Level) -> Self {
-        let (track, table, walk) = (Track::NONE, PageId(0), GuestWalk::start());
-        Self { track, table, level, floods: 0, contents: Contents::NOTHING, walk }
+        let (track, path, walk) = (Track::NONE, [PageId(0); 5], GuestWalk::start());
+        Self { track, path, level, floods: 0, contents: Contents::NOTHING, walk }
+    }
+
+    /// The shadow table that it leads to.
+    #[inline(always)]
+    pub(crate) const fn table(&self) -> PageId {
+        self.path[self.level.0 as usize - 1]
     }
 
     /// Where the contents of the guest's table are. Only the first store to a table that held nothing moves them without
@@ -155,20 +164,13 @@ impl Ways {
         self.last.iter().chain(&*self.directories).filter(|way| way.track.holds(shadow))
     }
 
-    /// Remembers a way that a fault has gone: `walk` is the guest's, `table` the shadow's last-level table below
-    /// `directory`.
+    /// Remembers a way that a fault has gone: `walk` is the guest's, `path` the shadow's.
     #[inline]
-    pub(crate) fn remember(
-        &mut self,
-        (root, gva): (PageId, Gva),
-        shadow: &Shadow,
-        (directory, table): (PageId, PageId),
-        walk: &GuestWalk,
-    ) {
+    pub(crate) fn remember(&mut self, (root, gva): (PageId, Gva), shadow: &Shadow, path: &Path, walk: &GuestWalk) {
         let region = gva.0 >> shift(Level::PT);
-        let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
+        let (track, floods) = (Track::new(region, root, path[1], shadow), shadow.floods);
         let contents = shadow.memory.host.contents(walk.steps[0].table);
-        self.last[region as usize % LAST] = Way { track, table, level: Level::PT, floods, contents, walk: *walk };
+        self.last[region as usize % LAST] = Way { track, path: *path, level: Level::PT, floods, contents, walk: *walk };
     }
 
     /// The same for one that has come to its directory.
@@ -177,21 +179,23 @@ impl Ways {
         &mut self,
         (root, gva): (PageId, Gva),
         shadow: &Shadow,
-        directory: PageId,
+        path: &Path,
         walk: &GuestWalk,
     ) {
         let region = gva.0 >> shift(Level::PD);
-        let (track, floods) = (Track::new(region, root, directory, shadow), shadow.floods);
+        let (track, floods) = (Track::new(region, root, path[1], shadow), shadow.floods);
         let contents = Contents::NOTHING;
-        let way = Way { track, table: directory, level: Level::PD, floods, contents, walk: *walk };
+        let way = Way { track, path: *path, level: Level::PD, floods, contents, walk: *walk };
         self.directories[region as usize % DIRECTORIES] = way;
     }
 
-    /// Whether a write was counted against a page since a fault last went the way of an address. It goes it now.
-    #[inline]
-    pub(crate) fn floods_moved(&mut self, gva: Gva, floods: u64) -> bool {
+    /// A fault goes the way of an address, which is remembered. Gives the pages on it if a write was counted against any page
+    /// since the last one went it.
+    #[inline(always)]
+    pub(crate) fn flood_path(&mut self, gva: Gva, floods: u64) -> Option<&Path> {
         let way = &mut self.last[(gva.0 >> shift(Level::PT)) as usize % LAST];
-        std::mem::replace(&mut way.floods, floods) != floods
+        debug_assert_eq!(way.track.region, gva.0 >> shift(Level::PT));
+        (std::mem::replace(&mut way.floods, floods) != floods).then_some(&way.path)
     }
 
     /// The way to the last-level table of an address was only looked for: no fault has gone it.

@@ -4,11 +4,11 @@
 //! from a CPU with a TLB only where x86 leaves both open (section 12.1 of the specification, docs/fidelity.md).
 
 use crate::bits::{PT_A, PT_D};
-use crate::cpu::{CpuRole, CpuView};
+use crate::cpu::{AccessRow, CpuRole, CpuView};
 use crate::memory::Host;
 use crate::shadow::Shadow;
 use crate::shadow::spte::Spte;
-use crate::types::{AccessKind, ErrorCode, Gfn, Gva, Level, PageId, SptePos};
+use crate::types::{ErrorCode, Gfn, Gva, Level, PageId, SptePos};
 
 /// Walks the shadow for an access; sets A, and D for a store. The frame is `None` for the zero page. `table` is where
 /// the walk begins, `None` behind an entry of a PAE root that is not present.
@@ -21,9 +21,9 @@ pub fn access(
     role: &CpuRole,
     table: Option<PageId>,
     gva: Gva,
-    what: (AccessKind, CpuView),
+    what: (AccessRow, CpuView),
 ) -> Result<Option<Gfn>, ErrorCode> {
-    let Some(table) = table else { return Err(what.1.code(what.0)) };
+    let Some(table) = table else { return Err(what.0.code()) };
     let (pos, level) = shadow.walk_down(table, gva);
     access_entry(shadow, role, (pos, level), gva, what)
 }
@@ -38,21 +38,21 @@ pub fn access_entry(
     role: &CpuRole,
     (pos, level): (SptePos, Level),
     gva: Gva,
-    (kind, cpu): (AccessKind, CpuView),
+    (row, cpu): (AccessRow, CpuView),
 ) -> Result<Option<Gfn>, ErrorCode> {
     let spte = shadow.spte(pos);
     if !spte.present() {
         if !spte.is_mmio() {
-            return Err(cpu.code(kind));
+            return Err(row.code());
         }
-        return Err(cpu.code(kind).with(ErrorCode::RSVD).with(ErrorCode::P.when(cpu.rsvd_sets_p)));
+        return Err(row.code().with(ErrorCode::RSVD).with(ErrorCode::P.when(cpu.rsvd_sets_p)));
     }
     let have = spte.access();
-    let by_key = cpu.forbids_by_key(have, kind);
-    if by_key || cpu.forbids(role, have, kind) {
-        return Err(cpu.code(kind).with(ErrorCode::P).with(ErrorCode::PK.when(by_key)));
+    let by_key = cpu.forbids_by_key(have, row);
+    if by_key || role.cpu_forbids(have, row) {
+        return Err(row.code().with(ErrorCode::P).with(ErrorCode::PK.when(by_key)));
     }
-    let marks = if kind == AccessKind::Write { PT_A | PT_D } else { PT_A };
+    let marks = if row.is_store() { PT_A | PT_D } else { PT_A };
     if spte.0 & marks != marks {
         shadow.arena.update_spte(pos, Spte(spte.0 | marks));
     }

@@ -99,7 +99,7 @@ impl Frames {
         frames
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(&self, gfn: Gfn) -> Frame {
         self.regions[self.region(gfn) as usize][frame_index(gfn)]
     }

@@ -55,12 +55,13 @@ impl Near<'_> {
     /// The same for a frame that is known to be of this region and slot: that which was looked up.
     #[inline(always)]
     pub fn plain_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
-        let at = gfn.0 as usize % ENTRIES;
-        if !self.states[at].writable() {
-            return None;
-        }
-        let frame = &mut self.slot.frames[at];
-        (!access.has(Access::W) || frame.tables == 0).then_some(frame)
+        self.writable_frame(gfn).filter(|frame| !access.has(Access::W) || frame.tables == 0)
+    }
+
+    /// The bookkeeping of a frame of this region and slot whose page the host has and may write.
+    #[inline(always)]
+    pub fn writable_frame(&mut self, gfn: Gfn) -> Option<&mut SlotFrame> {
+        self.is_plain(gfn).then(|| &mut self.slot.frames[gfn.0 as usize % ENTRIES])
     }
 }
 

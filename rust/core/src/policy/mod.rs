@@ -191,6 +191,13 @@ impl Decisions {
         self.rules.prefetch == PREFETCH && !self.asks.prefetch
     }
 
+    /// Whether every page may go out of sync.
+    #[inline]
+    #[must_use]
+    pub const fn unsyncs_like_kvm(&self) -> bool {
+        self.rules.may_unsync && !self.asks.may_unsync
+    }
+
     /// Whether the policy could not decide at some time.
     #[inline]
     #[must_use]

@@ -191,12 +191,18 @@ impl Shadow {
             Some(id) => self.arena.chain_next(id),
         };
         while let Some(id) = at {
-            let page = &self.arena[id];
-            if page.gfn == gfn && page.has_gptes() && self.is_valid(id) {
+            if self.is_gptes_page(id, gfn) {
                 return Some(id);
             }
             at = self.arena.chain_next(id);
         }
         None
+    }
+
+    /// Whether it is a valid page with gptes of that frame.
+    #[inline(always)]
+    pub(crate) fn is_gptes_page(&self, id: PageId, gfn: Gfn) -> bool {
+        let page = &self.arena[id];
+        page.gfn == gfn && page.has_gptes() && self.is_valid(id)
     }
 }

@@ -240,6 +240,14 @@ impl Arena {
         self.sptes[pos.0 as usize] = spte.0;
     }
 
+    /// The same for a leaf of a page with gptes, with the frame and the rights that it is made from.
+    #[inline(always)]
+    pub fn update_leaf(&mut self, pos: SptePos, spte: Spte, gfn: Gfn, access: Access) {
+        debug_assert!(self[pos.page()].has_gptes());
+        self.update_spte(pos, spte);
+        self.shadowed[pos.0 as usize] = gfn.0 << 3 | u64::from(access.0);
+    }
+
     /// The frame that an entry maps (`kvm_mmu_page_get_gfn`, 6.1).
     #[inline]
     #[must_use]

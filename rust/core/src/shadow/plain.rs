@@ -65,6 +65,34 @@ impl Shadow {
         Some(self.rmap_grew(gfn, Level::PT, before))
     }
 
+    /// Gives W to a leaf `old` that a store faulted on (`make_spte`, 6.1), of a frame that is not write-tracked and otherwise
+    /// plain; `tables` that lie in it go out of step. `None`, and nothing done, if it is not plain. Nothing that the CPU may
+    /// hold goes away, so that no flush is owed.
+    #[inline(always)]
+    pub(crate) fn unprotect_plain_leaf(
+        &mut self,
+        (pos, old): (SptePos, Spte),
+        gfn: Gfn,
+        access: Access,
+        tables: bool,
+    ) -> Option<()> {
+        debug_assert!(old == self.spte(pos) && old.lacks_w());
+        if old.pfn() != Host::pfn(gfn) {
+            return None;
+        }
+        if tables {
+            if !self.policy.unsyncs_like_kvm() {
+                return None;
+            }
+            let allowed = self.unsync_tables(gfn, true, false);
+            debug_assert!(allowed, "nothing else forbids it");
+        }
+        let new = Spte(leaf_bits(gfn, access) | PT_A);
+        debug_assert!(access.has(Access::W) && !old.update_needs_flush(new) && self.arena.mapped_gfn(pos) == gfn);
+        self.arena.update_leaf(pos, new, gfn, access);
+        Some(())
+    }
+
     /// Whether there may be neighbours to fill. Often there are none: all are there, or the first that is not has nothing
     /// behind it. An MMIO entry is none of either.
     #[inline(always)]

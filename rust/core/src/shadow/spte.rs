@@ -66,6 +66,13 @@ impl Spte {
         self.0 & PT_W != 0
     }
 
+    /// Whether it is present without W: a leaf where each store faults.
+    #[inline]
+    #[must_use]
+    pub const fn lacks_w(self) -> bool {
+        self.0 & (SHADOW_PRESENT | PT_W) == SHADOW_PRESENT
+    }
+
     /// Whether a present entry points to a table; `level` is the level of the page that holds it.
     #[inline]
     #[must_use]

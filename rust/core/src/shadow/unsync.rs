@@ -4,7 +4,7 @@ use crate::config::UNSYNC_BATCH;
 use crate::events::EventKind;
 use crate::shadow::page::bits;
 use crate::shadow::{Shadow, page_view};
-use crate::types::{Gfn, Level, PageId};
+use crate::types::{Gfn, Level, PageId, RmapHead};
 
 /// What one unsync walk collected: pages with the index of the entry that led to each. The first is the parent.
 #[derive(Clone, Debug, Default)]
@@ -30,11 +30,17 @@ impl Shadow {
     /// Asks whether the frame may be mapped writable although tables may lie in it (`mmu_try_to_unsync_pages`, 6.1).
     /// Last-level tables go out of sync for it if `can_unsync` and not `prefetch`.
     pub(crate) fn try_to_unsync(&mut self, gfn: Gfn, can_unsync: bool, prefetch: bool) -> bool {
-        if self.write_tracked(gfn) {
-            return false;
-        }
-        let mut at = self.next_gptes_page(gfn, None);
+        !self.write_tracked(gfn) && self.unsync_tables(gfn, can_unsync, prefetch)
+    }
+
+    /// The same for a frame that is not write-tracked.
+    pub(crate) fn unsync_tables(&mut self, gfn: Gfn, can_unsync: bool, prefetch: bool) -> bool {
+        let mut at = self.arena.chain_first(gfn);
         while let Some(id) = at {
+            at = self.arena.chain_next(id);
+            if !self.is_gptes_page(id, gfn) {
+                continue;
+            }
             if !can_unsync {
                 return false;
             }
@@ -44,7 +50,6 @@ impl Shadow {
                 }
                 self.unsync_page(id);
             }
-            at = self.next_gptes_page(gfn, Some(id));
         }
         true
     }
@@ -54,23 +59,36 @@ impl Shadow {
         policy.may_unsync(|| page_view(arena, id))
     }
 
+    #[inline(always)]
     fn unsync_page(&mut self, id: PageId) {
-        debug_assert_eq!(self.arena[id].level(), Level::PT, "upper levels are write-tracked");
         self.page_event(EventKind::UnsyncPage, id, false);
         self.counters.mmu_unsync += 1;
-        self.arena[id].unsync = true;
-        self.mark_parents_unsync(id);
+        let page = &mut self.arena[id];
+        debug_assert_eq!(page.level(), Level::PT, "upper levels are write-tracked");
+        page.unsync = true;
+        let parents = page.parents;
+        self.mark_positions_unsync(parents);
         if self.policy.rules.unsync_limit.is_some() {
             self.unsync_queue.push_back(id);
         }
     }
 
     /// Marks every way up from a page (`kvm_mmu_mark_parents_unsync`, 6.1).
-    pub(crate) fn mark_parents_unsync(&mut self, id: PageId) {
-        let parents = self.arena[id].parents;
+    #[inline(never)]
+    fn mark_parents_unsync(&mut self, id: PageId) {
+        self.mark_positions_unsync(self.arena[id].parents);
+    }
+
+    #[inline(always)]
+    fn mark_positions_unsync(&mut self, parents: RmapHead) {
         if let Some(only) = self.lists.only(parents) {
             return self.mark_entry_unsync(only.page(), only.index());
         }
+        self.mark_entries_unsync(parents);
+    }
+
+    #[inline(never)]
+    fn mark_entries_unsync(&mut self, parents: RmapHead) {
         let parents: Vec<_> = self.lists.iter(parents).collect();
         for pos in parents {
             self.mark_entry_unsync(pos.page(), pos.index());
@@ -78,6 +96,7 @@ impl Shadow {
     }
 
     /// Marks one entry of a page, and its ways up if it is the page's first (`mark_unsync`, 6.1).
+    #[inline]
     pub(crate) fn mark_entry_unsync(&mut self, id: PageId, index: usize) {
         let page = &mut self.arena[id];
         let (word, bit) = (&mut page.unsync_bitmap[index / 64], 1 << (index % 64));

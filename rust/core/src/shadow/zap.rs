@@ -37,12 +37,16 @@ impl Shadow {
     }
 
     /// Empties one entry (`mmu_page_zap_pte`, 6.1); whether it was present.
+    #[inline(always)]
     pub(crate) fn zap_entry(&mut self, pos: SptePos) -> bool {
         let spte = self.spte(pos);
+        spte != Spte::EMPTY && self.zap_some_entry(pos, spte)
+    }
+
+    #[inline(never)]
+    fn zap_some_entry(&mut self, pos: SptePos, spte: Spte) -> bool {
         if !spte.present() {
-            if spte != Spte::EMPTY {
-                self.arena.set_spte(pos, Spte::EMPTY);
-            }
+            self.arena.set_spte(pos, Spte::EMPTY);
             return false;
         }
         if spte.is_table(self.arena[pos.page()].level().0) {
@@ -118,6 +122,7 @@ impl Shadow {
 
     /// Frees zapped pages behind one flush (`kvm_mmu_commit_zap_page`, 6.1). Nothing happens for an empty list.
     #[allow(clippy::needless_pass_by_value, reason = "a list that was committed is gone")]
+    #[inline(always)]
     pub(crate) fn commit_zap(&mut self, list: ZapList) -> Flush {
         let mut at = list.ends.map(|(first, _)| first);
         while let Some(id) = at {
@@ -128,6 +133,7 @@ impl Shadow {
     }
 
     /// Commits, or flushes once if `flush` (`kvm_mmu_remote_flush_or_zap`, 6.1).
+    #[inline(always)]
     pub(crate) fn commit_or_flush(&mut self, list: ZapList, flush: bool) -> Flush {
         let mut owed = self.commit_zap(list);
         if owed.calls == 0 {
