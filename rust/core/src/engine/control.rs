@@ -33,14 +33,22 @@ pub enum Control {
 impl Vm {
     /// Runs one control instruction; with `rip` it is fetched through the shadow first.
     pub fn control(&mut self, vcpu: usize, what: Control, rip: Option<u64>) -> Outcome {
-        self.begin(vcpu);
-        let outcome = self.with(vcpu, |ctx| ctx.control(what, rip));
-        self.end();
-        outcome
+        self.with(vcpu, |ctx| ctx.run_control(what, rip))
     }
 }
 
 impl Ctx<'_> {
+    /// Runs one control instruction as an operation.
+    #[inline(always)]
+    pub(super) fn run_control(&mut self, what: Control, rip: Option<u64>) -> Outcome {
+        self.shadow.events.vcpu = self.vcpu.id;
+        self.vcpu.counters.x_ops += 1;
+        let outcome = self.control(what, rip);
+        self.shadow.events.op += 1;
+        outcome
+    }
+
+    #[inline(always)]
     fn control(&mut self, what: Control, rip: Option<u64>) -> Outcome {
         if !self.enter() {
             return Outcome::of(Status::Shutdown);
@@ -54,7 +62,7 @@ impl Ctx<'_> {
             Control::Cr3(_) | Control::Invlpg(_) => {
                 self.vcpu.counters.exits += 1;
                 let outcome = self.intercepted(what, rip);
-                self.leave(outcome)
+                if self.serve_flush() { outcome } else { self.leave(outcome) }
             }
             _ => self.rare_control(what, rip),
         }
@@ -122,6 +130,7 @@ impl Ctx<'_> {
     }
 
     /// CR writes and INVLPG: without decode assists the emulator carries them out.
+    #[inline(always)]
     fn intercepted(&mut self, what: Control, rip: Option<u64>) -> Outcome {
         let reason = match what {
             Control::Cr0(_) if self.cr0_is_hardwares() => 4,
@@ -188,6 +197,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_mmu_invlpg`, 6.1. The emulator checks the address before it gets there; the direct intercept does not.
+    #[inline(always)]
     fn invlpg(&mut self, gva: Gva, assisted: bool) {
         if !self.is_noncanonical(gva) {
             let flush = self.shadow.invlpg(self.vcpu, gva, true);

@@ -3,6 +3,9 @@
 use crate::cpu::{CpuRole, Requests};
 use crate::fault::Ctx;
 
+/// What a CR3 load asks for.
+const USUAL: u8 = Requests::MMU_SYNC.0 | Requests::LOAD_MMU_PGD.0 | Requests::TLB_FLUSH_CURRENT.0;
+
 impl Ctx<'_> {
     /// Serves what is pending until nothing is, so that the guest can run. `false`: the vCPU shuts down.
     #[inline]
@@ -38,12 +41,27 @@ impl Ctx<'_> {
         }
     }
 
+    /// Serves what a CR3 load or an INVLPG asks for, if that is all and the guest can run then.
+    #[inline(always)]
+    pub(super) fn serve_flush(&mut self) -> bool {
+        let all = self.vcpu.requests.0 & !(USUAL | Requests::TLB_FLUSH.0) == 0 && self.vcpu.root.is_loaded();
+        if all {
+            self.serve_usual_requests();
+        }
+        all
+    }
+
     /// What a CR3 load asks for is served without a look at the rest.
     fn serve_requests(&mut self) -> bool {
-        let usual = Requests::MMU_SYNC.0 | Requests::LOAD_MMU_PGD.0 | Requests::TLB_FLUSH_CURRENT.0;
-        if self.vcpu.requests.0 & !usual != 0 {
+        if self.vcpu.requests.0 & !USUAL != 0 {
             return self.serve_any_requests();
         }
+        self.serve_usual_requests();
+        true
+    }
+
+    #[inline(always)]
+    fn serve_usual_requests(&mut self) {
         if self.vcpu.requests.check(Requests::MMU_SYNC) && !self.nothing_to_sync() {
             self.sync_roots();
         }
@@ -51,8 +69,7 @@ impl Ctx<'_> {
         if self.vcpu.requests.0 & (Requests::TLB_FLUSH.0 | Requests::TLB_FLUSH_CURRENT.0) != 0 {
             self.vcpu.counters.tlb_flush += 1;
         }
-        self.vcpu.requests.0 &= !(usual | Requests::TLB_FLUSH.0);
-        true
+        self.vcpu.requests.0 &= !(USUAL | Requests::TLB_FLUSH.0);
     }
 
     /// A sync with nothing below the root that could be out of step, done.
@@ -105,6 +122,7 @@ impl Ctx<'_> {
         self.shadow.events.emulate_insn(rip.0, false);
     }
 
+    #[inline(never)]
     fn sync_roots(&mut self) {
         let flush = self.shadow.sync_roots(self.vcpu);
         self.pay(flush);

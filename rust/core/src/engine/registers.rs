@@ -106,7 +106,7 @@ impl Ctx<'_> {
     }
 
     /// `kvm_set_cr3`, 6.1.
-    #[inline]
+    #[inline(always)]
     pub(super) fn set_cr3(&mut self, value: u64) -> Result<(), Refused> {
         let pcide = self.vcpu.regs.cr4 & CR4_PCIDE != 0;
         let keep = pcide && value & CR3_NOFLUSH != 0;
@@ -133,16 +133,21 @@ impl Ctx<'_> {
 
     /// What a flush of one PCID means: the current root is synced if it has it, previous ones of it are let go
     /// (`kvm_invalidate_pcid`, 6.1).
-    #[inline]
+    #[inline(always)]
     pub(super) fn invalidate_pcid(&mut self, pcid: u64) {
         if self.vcpu.pcid() == pcid {
             self.vcpu.requests.raise(Requests::MMU_SYNC);
             self.vcpu.requests.raise(Requests::TLB_FLUSH_CURRENT);
         }
         if self.vcpu.regs.cr4 & CR4_PCIDE != 0 {
-            let flush = self.shadow.free_prev_roots_of_pcid(self.vcpu, pcid);
-            self.pay(flush);
+            self.free_prev_roots_of_pcid(pcid);
         }
+    }
+
+    #[inline(never)]
+    fn free_prev_roots_of_pcid(&mut self, pcid: u64) {
+        let flush = self.shadow.free_prev_roots_of_pcid(self.vcpu, pcid);
+        self.pay(flush);
     }
 
     /// `kvm_mmu_new_pgd`, 6.1.

@@ -1,10 +1,10 @@
-//! Rows that are plain accesses of one vCPU, many at a time: what decides about an access that the shadow allows does
-//! not change until one of them exits, so it is looked up once for all up to there.
+//! Rows that are plain accesses of one vCPU, many at a time, with the CR3 loads and INVLPGs between them: what decides
+//! about an access that the shadow allows is looked up once for all, and exits are handled without leaving the loop.
 
 use crate::cpu::{AccessRow, Requests};
-use crate::engine::Vm;
 use crate::engine::plain::{End, Rest};
 use crate::engine::trace::{RunOptions, RunTotals};
+use crate::engine::{Control, Vm};
 use crate::fault::Ctx;
 use crate::fault::quick::Plain;
 use crate::memory::Host;
@@ -42,11 +42,15 @@ impl<F: FnMut(&Outcome)> Rows<'_, F> {
 }
 
 impl Vm {
-    /// Runs rows as long as each is a plain access of the vCPU of the first. Returns how far the next one came.
+    /// Runs rows as long as each is a plain access, CR3 load or INVLPG of the vCPU of the first. Returns how far the next
+    /// one came.
     #[inline]
     pub(super) fn run_plain_rows<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Rest {
         match rows.all.get(rows.done) {
-            Some(row) if row[0] <= OpCode::Fetch as u8 && usize::from(row[3]) < self.vcpus.len() => {
+            Some(row)
+                if (row[0] <= OpCode::Fetch as u8 || matches!(row[0], CR3 | INVLPG))
+                    && usize::from(row[3]) < self.vcpus.len() =>
+            {
                 self.with(usize::from(row[3]), |ctx| ctx.run_plain_rows(rows))
             }
             _ => Rest::All,
@@ -58,8 +62,12 @@ impl Vm {
 const USUAL_FLAGS: u8 = FLAG_USER | FLAG_AC | FLAG_KEEP | FLAG_MMIO;
 /// What the first 8 bytes of a row say (op, size, flags, vcpu, site): the bits that are clear in a plain access, but for
 /// those of its vCPU.
-const NOT_PLAIN: u64 = 0xffff_ffff_0000_0000 | (!USUAL_FLAGS as u64) << 16;
+const NOT_PLAIN: u64 = SITE | (!USUAL_FLAGS as u64) << 16;
 const VCPU: u64 = 0xff << 24;
+const SITE: u64 = 0xffff_ffff_0000_0000;
+
+const CR3: u8 = OpCode::Cr3 as u8;
+const INVLPG: u8 = OpCode::Invlpg as u8;
 
 /// The words of a row; every row of the loop is looked at so, whole only if more is to be done.
 #[derive(Clone, Copy)]
@@ -150,7 +158,11 @@ impl Ctx<'_> {
             let words = Words::of(row);
             let gva = words.gva;
             if !words.is_plain(id) || !mode.takes(gva) {
-                return Rest::All;
+                if let Some(rest) = self.run_control_row(rows) {
+                    return rest;
+                }
+                root = self.vcpu.root.page();
+                continue;
             }
             let Some(table) = root.or_else(|| self.vcpu.root.table(gva)) else { return Rest::All };
             let end = self.walk_near(table, gva);
@@ -174,6 +186,24 @@ impl Ctx<'_> {
             }
             root = self.vcpu.root.page();
         }
+    }
+
+    /// Runs the next row if it is a load of CR3 or an INVLPG of the same vCPU, without a fetch.
+    #[inline(never)]
+    fn run_control_row<F: FnMut(&Outcome)>(&mut self, rows: &mut Rows<'_, F>) -> Option<Rest> {
+        let Words { head, gva, value } = Words::of(&rows.all[rows.done]);
+        if head & (SITE | VCPU) != u64::from(self.vcpu.id) << 24 {
+            return Some(Rest::All);
+        }
+        self.count_hits(rows);
+        let outcome = match head as u8 {
+            CR3 => self.run_control(Control::Cr3(value), None),
+            INVLPG => self.run_control(Control::Invlpg(gva.0), None),
+            _ => return Some(Rest::All),
+        };
+        rows.totals.by_status[outcome.status as usize] += 1;
+        rows.end(&outcome);
+        self.has_to_stop().then_some(Rest::All)
     }
 
     /// Runs the next row, an access that is not simply allowed: the shadow's walk for it ends at `end`, where `leaf` is.

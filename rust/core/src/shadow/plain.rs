@@ -65,6 +65,26 @@ impl Shadow {
         Some(self.rmap_grew(gfn, Level::PT, before))
     }
 
+    /// Drops a leaf and makes it again from its guest entry (`FNAME(invlpg)`, 6.1), if it maps the same frame again and is
+    /// the only one that does: then its place in the frame's list stays what it is. `false`, and nothing done, otherwise.
+    #[inline]
+    pub(crate) fn renew_plain_leaf(&mut self, pos: SptePos, gpte: Gpte, role: &CpuRole) -> bool {
+        let usable = gpte.present() && gpte.accessed() && !gpte.has_reserved(role, Level::PT);
+        let gfn = gpte.gfn();
+        if !usable || !self.spte(pos).present() || self.arena.mapped_gfn(pos) != gfn {
+            return false;
+        }
+        let access = gpte.protect_clean(self.arena[pos.page()].role.access().and(gpte.access()));
+        let Some(mut near) = self.memory.near(gfn) else { return false };
+        let only = near.plain_frame_here(gfn, access).is_some_and(|frame| self.lists.only(frame.rmap) == Some(pos));
+        if only {
+            let bits = leaf_bits(gfn, access);
+            self.arena.update_leaf(pos, Spte(bits), gfn, access);
+            self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
+        }
+        only
+    }
+
     /// Gives W to a leaf `old` that a store faulted on (`make_spte`, 6.1), of a frame that is not write-tracked and otherwise
     /// plain; `tables` that lie in it go out of step. `None`, and nothing done, if it is not plain. Nothing that the CPU may
     /// hold goes away, so that no flush is owed.

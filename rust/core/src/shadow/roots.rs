@@ -186,10 +186,8 @@ impl Shadow {
             return owed;
         }
         owed += self.invlpg_below(&vcpu.root, gva, &vcpu.role);
-        if all {
-            for root in &vcpu.prev_roots {
-                owed += self.invlpg_below(root, gva, &vcpu.role);
-            }
+        for root in vcpu.prev_roots.iter().filter(|root| all && root.is_loaded()) {
+            owed += self.invlpg_below(root, gva, &vcpu.role);
         }
         owed
     }

@@ -105,8 +105,8 @@ impl Keep {
 impl Shadow {
     /// Reads a guest entry without bringing in an absent page; `None` if that is not possible.
     pub(crate) fn read_gpte_atomic(&self, table: Gfn, index: usize, bytes: u8) -> Option<Gpte> {
-        let readable = self.memory.slot(table).is_some() && self.memory.host.present(table);
-        readable.then(|| Gpte(self.memory.host.entry(table, index, bytes)))
+        let (there, entry) = self.memory.host.present_and_entry(table, index, bytes);
+        (there && self.memory.has_slot(table)).then_some(Gpte(entry))
     }
 
     /// The guest's entry behind one of a page's entries, read likewise.
@@ -291,9 +291,16 @@ impl Shadow {
 
     /// Drops one entry and, if the guest's entry allows it, makes it again (`FNAME(invlpg)`, 6.1).
     fn drop_and_prefetch(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
+        let gpte = self.gpte_behind(pos);
+        if let Some(gpte) = gpte
+            && self.renew_plain_leaf(pos, gpte, role)
+        {
+            self.counters.x_refetched += 1;
+            return Flush::when(true);
+        }
         let was_present = self.zap_entry(pos);
         let mut owed = Flush::when(was_present);
-        if let Some(gpte) = self.gpte_behind(pos) {
+        if let Some(gpte) = gpte {
             owed += self.refetch(pos, gpte, role, false);
         }
         owed
@@ -302,31 +309,29 @@ impl Shadow {
     /// INVLPG below one root (`FNAME(invlpg)`, 6.1; `__kvm_mmu_invalidate_addr`, 6.12): only an entry of an unsync
     /// page may differ from the guest's.
     pub(crate) fn invlpg_root(&mut self, root: PageId, gva: Gva, role: &CpuRole) -> Flush {
-        let mut owed = Flush::NONE;
-        let mut id = root;
+        let (mut id, mut level) = (root, self.arena[root].level());
         loop {
-            let level = self.arena[id].level();
             let pos = id.entry(gva.index(level));
             let spte = self.spte(pos);
             if level == Level::PT || spte.present() && spte.large() {
-                if !self.arena[id].unsync {
-                    break;
-                }
-                owed += if self.config.kernel.invlpg_syncs {
-                    self.sync_in_place(pos, role)
-                } else {
-                    self.drop_and_prefetch(pos, role)
-                };
-                if self.policy.rules.invlpg_protects {
-                    owed += self.sync_pages(&[id], role);
-                    break;
-                }
+                return if self.arena[id].unsync { self.invlpg_entry(pos, role) } else { Flush::NONE };
             }
-            let spte = self.spte(pos);
             if self.arena[id].unsync_children == 0 || !spte.is_table(level.0) {
-                break;
+                return Flush::NONE;
             }
-            id = spte.child();
+            (id, level) = (spte.child(), level.down());
+        }
+    }
+
+    /// The same at the leaf's place, in an unsync page.
+    fn invlpg_entry(&mut self, pos: SptePos, role: &CpuRole) -> Flush {
+        let mut owed = if self.config.kernel.invlpg_syncs {
+            self.sync_in_place(pos, role)
+        } else {
+            self.drop_and_prefetch(pos, role)
+        };
+        if self.policy.rules.invlpg_protects {
+            owed += self.sync_pages(&[pos.page()], role);
         }
         owed
     }
