@@ -123,6 +123,7 @@ impl Ctx<'_> {
         Some(self.link_if_new(pos, new))
     }
 
+    #[inline]
     pub(crate) fn find_child(&mut self, gfn: Gfn, role: Role) -> PageId {
         let (child, flush) = self.shadow.get_page(gfn, role, &self.vcpu.role);
         self.pay(flush);
@@ -133,12 +134,12 @@ impl Ctx<'_> {
         child
     }
 
+    #[inline]
     pub(crate) fn link_if_new(&mut self, pos: SptePos, new: Option<PageId>) -> PageId {
-        if let Some(child) = new {
-            let flush = self.shadow.link(pos, child);
-            self.pay(flush);
-        }
-        self.shadow.spte(pos).child()
+        let Some(child) = new else { return self.shadow.spte(pos).child() };
+        let flush = self.shadow.link(pos, child);
+        self.pay(flush);
+        child
     }
 
     fn hugepage_adjust(&mut self, fault: &Fault) -> Goal {

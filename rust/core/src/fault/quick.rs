@@ -11,7 +11,7 @@ use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
-use crate::guest::walk::{GuestFault, GuestWalk, Step, fault_code};
+use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
@@ -68,12 +68,11 @@ pub(crate) enum Quick {
 }
 
 /// The last-level table of an address.
+#[derive(Clone, Copy)]
 pub(super) struct LastTable {
     /// The shadow's, if it is linked already.
     pub shadow: Option<PageId>,
-    /// The guest's.
-    guest: Gfn,
-    /// What is in it.
+    /// What is in the guest's.
     contents: Contents,
     /// The rights above it.
     granted: Access,
@@ -82,8 +81,7 @@ pub(super) struct LastTable {
 impl LastTable {
     #[inline(always)]
     fn of(way: &Way, host: &Host) -> Self {
-        let Step { table: guest, access: granted, .. } = way.walk.steps[0];
-        Self { shadow: Some(way.table()), guest, contents: way.contents(host), granted }
+        Self { shadow: Some(way.table()), contents: way.contents(host), granted: way.walk.steps[0].access }
     }
 }
 
@@ -114,14 +112,7 @@ impl Ctx<'_> {
         if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
             return Quick::No;
         }
-        let table = match last.shadow {
-            Some(table) => table,
-            // What the whole way would refuse after it has linked tables must be known before.
-            None if self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn)) => {
-                self.link_last(root, gva, last.guest, last.granted)
-            }
-            None => return Quick::No,
-        };
+        let Some(table) = last.shadow.or_else(|| self.link_last(root, gva, gfn)) else { return Quick::No };
         let pos = table.entry(gva.index(Level::PT));
         if self.shadow.spte(pos) == Spte::EMPTY
             && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
@@ -178,53 +169,52 @@ impl Ctx<'_> {
 
     #[inline(never)]
     fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
-        if self.ways.find_directory(root, gva, self.shadow).is_none() {
-            if !self.seek_way(root, gva) {
-                return None;
-            }
-            if let Some(way) = self.ways.find(root, gva, self.shadow) {
-                return Some(LastTable::of(way, &self.shadow.memory.host));
-            }
+        if let Some(way) = self.ways.find_directory(root, gva, self.shadow) {
+            return self.below_directory(way, gva);
         }
-        let way = self.ways.find_directory(root, gva, self.shadow)?;
-        let Step { table: guest, access: granted, .. } = self.last_table(way, gva)?;
-        Some(LastTable { shadow: None, guest, contents: self.shadow.memory.host.contents(guest), granted })
+        if !self.seek_way(root, gva) {
+            return None;
+        }
+        match self.ways.find(root, gva, self.shadow) {
+            Some(way) => Some(LastTable::of(way, &self.shadow.memory.host)),
+            None => self.below_directory(self.ways.find_directory(root, gva, self.shadow)?, gva),
+        }
     }
 
-    /// The last-level table of an address below a directory, if there is one and all about it is plain.
-    fn last_table(&self, way: &Way, gva: Gva) -> Option<Step> {
-        let (role, directory, memory) = (&self.vcpu.role, way.walk.steps[1], &self.shadow.memory);
+    /// The guest's last-level table of an address below its directory, if there is one and all about it is plain.
+    #[inline(always)]
+    fn below_directory(&self, way: &Way, gva: Gva) -> Option<LastTable> {
+        let (role, memory, directory) = (&self.vcpu.role, &self.shadow.memory, &way.walk.steps[1]);
         let index = role.mode.index(gva, Level::PD);
-        let (_, entry) = memory.host.present_and_entry(directory.table, index, role.mode.entry_bytes);
-        let pde = Gpte(entry);
+        let pde = Gpte(memory.host.entry(directory.table, index, role.mode.entry_bytes));
         let plain =
             pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
-        let table = pde.gfn();
-        (plain && self.is_readable(table)).then(|| Step { table, pte: pde, access: directory.access.and(pde.access()) })
+        let (guest, granted) = (pde.gfn(), directory.access.and(pde.access()));
+        let plain = plain && self.is_readable(guest);
+        plain.then(|| LastTable { shadow: None, contents: memory.host.contents(guest), granted })
     }
 
-    /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way.
-    fn link_last(&mut self, root: PageId, gva: Gva, table: Gfn, access: Access) -> PageId {
-        let way = *self.ways.find_directory(root, gva, self.shadow).expect("it was found just now");
-        let mode = self.vcpu.role.mode;
-        let directory = way.walk.steps[1].table;
-        let pde = Gpte(self.shadow.memory.host.entry(directory, mode.index(gva, Level::PD), mode.entry_bytes));
-        let last = Step { table, pte: pde, access };
+    /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way. `None`,
+    /// and nothing done, if the frame of the address is not plain: what the whole way would refuse after it has linked
+    /// tables must be known before.
+    #[cold]
+    fn link_last(&mut self, root: PageId, gva: Gva, gfn: Gfn) -> Option<PageId> {
+        if !self.shadow.memory.near(gfn)?.is_plain(gfn) {
+            return None;
+        }
+        let way = self.ways.find_directory(root, gva, self.shadow)?;
+        let (pos, directory) = (way.table().entry(gva.index(Level::PD)), way.walk.steps[1]);
         for id in &way.path[1..] {
             self.shadow.arena[*id].flood = 0;
         }
-        let pos = way.table().entry(gva.index(Level::PD));
-        let role = self.shadow.arena[pos.page()].role.child(pos.index(), false, last.access);
-        let linked = self.shadow.is_linked(pos, last.table, role);
-        let new = (!linked).then(|| self.find_child(last.table, role));
+        let mode = self.vcpu.role.mode;
+        let pde = Gpte(self.shadow.memory.host.entry(directory.table, mode.index(gva, Level::PD), mode.entry_bytes));
+        let (guest, granted) = (pde.gfn(), directory.access.and(pde.access()));
+        let role = self.shadow.arena[pos.page()].role.child(pos.index(), false, granted);
+        let new = (!self.shadow.is_linked(pos, guest, role)).then(|| self.find_child(guest, role));
         let table = self.link_if_new(pos, new);
-        let mut walk = way.walk;
-        walk.steps[1].pte = last.pte;
-        walk.steps[0] = Step { pte: Gpte(0), ..last };
-        let mut path = way.path;
-        path[0] = table;
-        self.ways.remember((root, gva), self.shadow, &path, &walk);
-        table
+        self.ways.remember_below(gva, self.shadow, table, pde);
+        Some(table)
     }
 
     /// The fault is taken, and is the guest's own.

@@ -6,7 +6,8 @@
 //! entry that it hits). Every change of a slot, or of memory by the host, moves the epoch, too. So a fault can begin its walks at the last-level table, or at its directory. It is
 //! no part of KVM and changes nothing but the time that a fault takes.
 
-use crate::guest::walk::GuestWalk;
+use crate::guest::gpte::Gpte;
+use crate::guest::walk::{GuestWalk, Step};
 use crate::memory::{Contents, Host};
 use crate::shadow::Shadow;
 use crate::types::{Gva, Level, PageId};
@@ -171,6 +172,21 @@ impl Ways {
         let (track, floods) = (Track::new(region, root, path[1], shadow), shadow.floods);
         let contents = shadow.memory.host.contents(walk.steps[0].table);
         self.last[region as usize % LAST] = Way { track, path: *path, level: Level::PT, floods, contents, walk: *walk };
+    }
+
+    /// The same for the way to a table below a directory to which one is remembered: `pde` links the guest's.
+    #[inline]
+    pub(crate) fn remember_below(&mut self, gva: Gva, shadow: &Shadow, table: PageId, pde: Gpte) {
+        let region = gva.0 >> shift(Level::PT);
+        let directory = &self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
+        let way = &mut self.last[region as usize % LAST];
+        *way = *directory;
+        (way.track.region, way.level, way.floods) = (region, Level::PT, shadow.floods);
+        way.contents = shadow.memory.host.contents(pde.gfn());
+        way.path[0] = table;
+        way.walk.steps[1].pte = pde;
+        let access = way.walk.steps[1].access.and(pde.access());
+        way.walk.steps[0] = Step { table: pde.gfn(), pte: Gpte(0), access };
     }
 
     /// The same for one that has come to its directory.

@@ -44,15 +44,16 @@ impl Near<'_> {
         self.states[gfn.0 as usize % ENTRIES].writable()
     }
 
-    /// The bookkeeping of a frame that may be mapped with these rights without further ado: the host has its page and may
-    /// write it, and no table is in it if it is to be writable. `None` also for a frame of another region.
+    /// Whether all frames of the region lie in the slot.
     #[inline]
-    pub fn plain_frame(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
-        let here = gfn.0 >> 9 == self.region && gfn.0.wrapping_sub(self.base) < self.pages;
-        if here { self.plain_frame_here(gfn, access) } else { None }
+    #[must_use]
+    pub const fn is_whole(&self) -> bool {
+        let first = self.region << 9;
+        self.base <= first && first - self.base + ENTRIES as u64 <= self.pages
     }
 
-    /// The same for a frame that is known to be of this region and slot: that which was looked up.
+    /// The bookkeeping of a frame that may be mapped with these rights without further ado: the host has its page and may
+    /// write it, and no table is in it if it is to be writable. The frame is of this region and in the slot.
     #[inline(always)]
     pub fn plain_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
         self.writable_frame(gfn).filter(|frame| !access.has(Access::W) || frame.tables == 0)

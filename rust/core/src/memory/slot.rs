@@ -118,7 +118,11 @@ impl Slot {
     #[inline(always)]
     pub(super) fn region_mut(&mut self, gfn: Gfn) -> &mut SlotRegion {
         let at = self.region_index(gfn);
-        let region = &mut self.regions[at];
+        Self::begun(&mut self.regions[at])
+    }
+
+    #[inline(always)]
+    fn begun(region: &mut Option<Box<SlotRegion>>) -> &mut SlotRegion {
         if region.is_none() {
             Self::begin(region);
         }
@@ -139,6 +143,15 @@ impl Slot {
             2 => self.region(gfn).map_or_else(RmapHead::default, |r| r.rmap_2m),
             _ => self.giant[self.giant_index(gfn)].0,
         }
+    }
+
+    /// The lists of all levels.
+    #[inline]
+    #[must_use]
+    pub fn rmaps_of(&self, gfn: Gfn) -> [RmapHead; 3] {
+        let region = self.region(gfn);
+        let small = region.map_or_else(Default::default, |r| (r.frames[frame_index(gfn)].rmap, r.rmap_2m));
+        [small.0, small.1, self.giant[self.giant_index(gfn)].0]
     }
 
     /// The same list, to change it.
@@ -167,15 +180,12 @@ impl Slot {
         &mut self.region_mut(gfn).frames[frame_index(gfn)]
     }
 
-    /// How many shadow pages forbid a leaf of 2 MiB and of 1 GiB around the frame, to change both.
-    pub fn disallow_mut(&mut self, gfn: Gfn) -> (&mut u32, &mut u32) {
+    /// What shadow pages count: the frame's bookkeeping, and how many forbid a leaf of 2 MiB and of 1 GiB around it.
+    #[inline]
+    pub fn shadow_counts_mut(&mut self, gfn: Gfn) -> (&mut SlotFrame, &mut u32, &mut u32) {
         let (region, giant) = (self.region_index(gfn), self.giant_index(gfn));
-        let _ = self.region_mut(gfn);
-        let region = self.regions[region].as_deref_mut().map(|r| &mut r.disallow_2m);
-        match region {
-            Some(count) => (count, &mut self.giant[giant].1),
-            None => unreachable!("the region was made just now"),
-        }
+        let region = Self::begun(&mut self.regions[region]);
+        (&mut region.frames[frame_index(gfn)], &mut region.disallow_2m, &mut self.giant[giant].1)
     }
 
     /// How many shadow pages forbid a leaf of 2 MiB and of 1 GiB around the frame.

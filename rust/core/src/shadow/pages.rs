@@ -72,14 +72,14 @@ impl Shadow {
 
     /// Points an entry to a page (`__link_shadow_page`, 6.1). An entry that was present goes, with a flush.
     pub(crate) fn link(&mut self, pos: SptePos, child: PageId) -> Flush {
-        let mut owed = Flush::NONE;
-        if self.spte(pos).present() {
+        let owed = Flush::when(self.spte(pos).present());
+        if owed != Flush::NONE {
             self.zap_entry(pos);
-            owed += Flush::when(true);
         }
         self.arena.set_spte(pos, Spte::table(child));
-        self.lists.add(&mut self.arena[child].parents, pos);
-        if self.arena[child].unsync || self.arena[child].unsync_children > 0 {
+        let page = &mut self.arena[child];
+        self.lists.add(&mut page.parents, pos);
+        if page.unsync || page.unsync_children > 0 {
             self.mark_entry_unsync(pos.page(), pos.index());
         }
         owed

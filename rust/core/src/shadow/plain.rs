@@ -6,7 +6,7 @@ use crate::config::PREFETCH;
 use crate::cpu::CpuRole;
 use crate::events::EventKind;
 use crate::guest::gpte::Gpte;
-use crate::memory::{Contents, Host};
+use crate::memory::{Contents, Host, Near};
 use crate::mode::Mode;
 use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
 use crate::shadow::{Flush, Shadow};
@@ -203,24 +203,25 @@ impl Shadow {
         // One word of the set of entries at a time.
         let (word, end) = (index / 64 % (ENTRIES / 64), indexes.end.min((index | 63) + 1));
         let page = self.arena.page_mut(id);
-        let Some(mut near) = self.memory.near(first.gfn()) else { return index };
-        let words = near.host.words_in(guest.contents);
+        let Some(mut near) = self.memory.near(first.gfn()).filter(Near::is_whole) else { return index };
+        let words = &near.host.words_in(guest.contents)[index..end];
+        let entries = page.sptes[index..end].iter_mut().zip(&mut page.shadowed[index..end]).zip(words);
         // The leaf of frame 0 of the region; those of the others differ in their address bits.
         let bits = leaf_bits(Gfn(first.gfn().0 & !(ENTRIES as u64 - 1)), access);
-        let (mut made, mut grown) = (0_u64, None);
-        while index < end {
-            let (spte, gpte) = (&mut page.sptes[index % ENTRIES], words[index % ENTRIES]);
+        let (mut made, mut count, mut grown) = (0_u64, 0, None);
+        for ((spte, shadowed), gpte) in entries {
             // All but the frame's place in its region must be the same.
             if (gpte ^ first.0) & !((ENTRIES as u64 - 1) << 12) != 0 {
                 break;
             }
             if *spte == 0 && index != pos.index() {
-                let gfn = Gpte(gpte).gfn();
-                let Some(frame) = near.plain_frame(gfn, access) else { break };
+                let gfn = Gpte(*gpte).gfn();
+                let Some(frame) = near.plain_frame_here(gfn, access) else { break };
                 let before = self.lists.add(&mut frame.rmap, id.entry(index));
                 *spte = bits | gpte & (ENTRIES as u64 - 1) << 12;
-                page.shadowed[index % ENTRIES] = gfn.0 << 3 | u64::from(access.0);
+                *shadowed = gfn.0 << 3 | u64::from(access.0);
                 made |= 1 << (index % 64);
+                count += 1;
                 if before > 0 {
                     grown = Some((gfn, before));
                     index += 1;
@@ -232,8 +233,8 @@ impl Shadow {
             index += 1;
         }
         page.used[word] |= made;
-        self.counters.pages_4k += u64::from(made.count_ones());
-        self.counters.x_prefetched += u64::from(made.count_ones());
+        self.counters.pages_4k += count;
+        self.counters.x_prefetched += count;
         if let Some((gfn, before)) = grown {
             *owed += self.rmap_grew(gfn, Level::PT, before);
         }

@@ -112,6 +112,7 @@ impl ListPool {
     ///
     /// # Panics
     /// If the entry is not in the list: the bookkeeping is broken, and going on would corrupt it further.
+    #[inline]
     pub fn remove(&mut self, head: &mut RmapHead, pos: SptePos) {
         match shape(*head) {
             Shape::Empty => panic!("{pos:?} is not in an empty list"),

@@ -2,11 +2,10 @@
 
 use crate::bits::{PT_A, PT_W};
 use crate::config::RMAP_RECYCLE;
+use crate::memory::Slot;
 use crate::shadow::spte::{MMU_WRITABLE, Spte};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Access, Gfn, Level, PageId, RmapHead, SptePos};
-
-const LEVELS: [Level; 3] = [Level::PT, Level::PD, Level::PDPT];
 
 impl Shadow {
     /// How many shadow pages of an upper level shadow the frame (`kvm_slot_page_track_is_active`, 6.1).
@@ -119,11 +118,16 @@ impl Shadow {
 
     /// Takes W from every leaf that maps the frame (`rmap_write_protect`, 6.1). `for_shadowing` also takes the mark
     /// that allows the MMU to give W back without a walk. Returns whether a flush is wanted.
+    #[inline]
     pub(crate) fn write_protect(&mut self, gfn: Gfn, for_shadowing: bool) -> bool {
+        let heads = self.memory.slot(gfn).map(|slot| slot.rmaps_of(gfn)).unwrap_or_default();
+        self.write_protect_lists(heads, for_shadowing)
+    }
+
+    #[inline(always)]
+    fn write_protect_lists(&mut self, heads: [RmapHead; 3], for_shadowing: bool) -> bool {
         let mut flush = false;
-        for level in LEVELS {
-            let Some(slot) = self.memory.slot(gfn) else { return flush };
-            let head = slot.rmap(gfn, level);
+        for head in heads {
             if head != RmapHead::default() {
                 flush |= self.write_protect_list(head, for_shadowing);
             }
@@ -132,6 +136,7 @@ impl Shadow {
     }
 
     /// The same for one list (`spte_write_protect`, 6.1).
+    #[inline(never)]
     pub(crate) fn write_protect_list(&mut self, head: RmapHead, for_shadowing: bool) -> bool {
         let mut flush = false;
         for pos in self.lists.iter(head) {
@@ -152,32 +157,36 @@ impl Shadow {
     pub(crate) fn account_shadowed(&mut self, id: PageId) -> Flush {
         let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
         self.indirect_pages += 1;
-        self.change_shadow_counts(gfn, level, true);
-        Flush::when(self.write_protect(gfn, true))
+        let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
+        change_shadow_counts(slot, gfn, level, true);
+        let heads = slot.rmaps_of(gfn);
+        Flush::when(self.write_protect_lists(heads, true))
     }
 
     /// The page is zapped (`unaccount_shadowed`, 6.1). Entries that map the frame stay read-only until a write faults.
     pub(crate) fn unaccount_shadowed(&mut self, id: PageId) {
         let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
         self.indirect_pages -= 1;
-        self.change_shadow_counts(gfn, level, false);
+        if let Some(slot) = self.memory.slot_mut(gfn) {
+            change_shadow_counts(slot, gfn, level, false);
+        }
     }
+}
 
-    fn change_shadow_counts(&mut self, gfn: Gfn, level: Level, begin: bool) {
-        let Some(slot) = self.memory.slot_mut(gfn) else { return };
-        let (two, one) = slot.disallow_mut(gfn);
-        if begin {
-            *two += 1;
-            *one += 1;
-        } else {
-            *two -= 1;
-            *one -= 1;
-        }
-        let change = |count: u16| if begin { count + 1 } else { count - 1 };
-        let frame = slot.frame_mut(gfn);
-        frame.tables = change(frame.tables);
-        if level > Level::PT {
-            frame.track = change(frame.track);
-        }
+/// A page of `level` begins or ends to shadow a frame of the slot.
+#[inline(always)]
+fn change_shadow_counts(slot: &mut Slot, gfn: Gfn, level: Level, begin: bool) {
+    let (frame, two, one) = slot.shadow_counts_mut(gfn);
+    let upper = u16::from(level > Level::PT);
+    if begin {
+        *two += 1;
+        *one += 1;
+        frame.tables += 1;
+        frame.track += upper;
+    } else {
+        *two -= 1;
+        *one -= 1;
+        frame.tables -= 1;
+        frame.track -= upper;
     }
 }

@@ -19,17 +19,20 @@ pub(crate) struct ZapList {
 
 impl Shadow {
     /// Takes the table pointer at `pos` out; the child stays in the hash.
+    #[inline(always)]
     pub(crate) fn unlink_child(&mut self, pos: SptePos) {
         let child = self.spte(pos).child();
-        self.lists.remove(&mut self.arena[child].parents, pos);
+        let page = &mut self.arena[child];
+        let level = page.level();
+        self.lists.remove(&mut page.parents, pos);
         self.arena.set_spte(pos, Spte::EMPTY);
-        self.end_ways(pos, child);
+        self.end_ways(pos, child, level);
     }
 
     /// The link at `pos` to `child` is gone, and so are the ways over it.
-    #[inline]
-    fn end_ways(&mut self, pos: SptePos, child: PageId) {
-        match self.arena[child].level() {
+    #[inline(always)]
+    fn end_ways(&mut self, pos: SptePos, child: PageId, level: Level) {
+        match level {
             Level::PT => self.arena.note_unlink(pos.page()),
             Level::PD => self.arena.note_unlink(child),
             _ => self.memory.ways_epoch += 1,
@@ -69,12 +72,13 @@ impl Shadow {
         }
         debug_assert!(self.arena[id].used == Bitmap::default());
         let mut parents = std::mem::take(&mut self.arena[id].parents);
+        let level = self.arena[id].level();
         while let Some(pos) = self.lists.pop(&mut parents) {
             self.arena.set_spte(pos, Spte::EMPTY);
-            self.end_ways(pos, id);
+            self.end_ways(pos, id, level);
         }
         if self.arena[id].root_count > 0 {
-            self.end_ways(id.entry(0), id);
+            self.end_ways(id.entry(0), id, level);
         }
         let was_valid = !self.arena[id].role.invalid();
         if was_valid && self.arena[id].has_gptes() {
