@@ -251,14 +251,14 @@ impl Ctx<'_> {
             8 => host.words_in(last.contents)[gva.index(Level::PT)],
             bytes => host.entry_in(last.contents, role.mode.index(gva, Level::PT), bytes),
         });
+        if !gpte.present() {
+            return Translation::Fault(ErrorCode(0));
+        }
         let room = self.shadow.max_pages >= self.shadow.used_pages + MIN_FREE_PAGES;
         if role.guest_test(row).passes(gpte.0, granted) && room {
             return Translation::Page(gpte.gfn(), gpte.protect_clean(granted.and(gpte.access())));
         }
-        if gpte.present() {
-            return self.other_translation(gpte, granted, code, row.ac());
-        }
-        Translation::Fault(ErrorCode(0))
+        self.other_translation(gpte, granted, code, row.ac())
     }
 
     /// What an entry says that is present but not in order at first sight.
