@@ -210,7 +210,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, le
         out.add_column(Text(head), justify=justify, no_wrap=whole, overflow="fold", min_width=width)
     for row in rows:
         out.add_row(*map(Text, row))
-    return Group(Text(title, style="bold"), out)
+    return Group(Text(title, style="bold"), out) if title else Group(out)
 
 
 def _number(value: int) -> str:
