@@ -269,7 +269,7 @@ def test_events_stand_side_by_side() -> None:
     case = generate(0, 5)
     table = verify.side_by_side(case, ["kvm_mmu_zap_all_fast: x"], ["kvm_mmu_zap_all_fast: x", "kvm_mmu_sync_page: y"])
     _, shown = table.renderables  # type: ignore[union-attr]
-    assert [[str(cell) for cell in column.cells] for column in shown.columns] == [  # type: ignore[union-attr]
+    assert [[str(cell) for cell in column.cells] for column in shown.columns] == [
         ["", "->"],
         ["kvm_mmu_zap_all_fast: x", ""],
         ["kvm_mmu_zap_all_fast: x", "kvm_mmu_sync_page: y"],
