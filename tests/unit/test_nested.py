@@ -97,6 +97,20 @@ def test_agile_paging_exits_less_than_the_shadow_and_walks_less_than_nested_pagi
     assert agile.nested.to_nested > 0
 
 
+def test_a_fill_of_agile_paging_maps_eight_pages_in_the_host_too() -> None:
+    scenario = get("working_set").build(pages=512, accesses=100, changes=0, rounds=1)
+    nested, agile = scenario.vm(), scenario.vm()
+    nested.use_nested()
+    agile.use_agile()
+    scenario.run(nested)
+    scenario.run(agile)
+    assert nested.nested is not None
+    assert agile.nested is not None
+    assert nested.nested.exits > 512
+    assert agile.nested.exits < 512 / 8 + 50
+    assert agile.nested.stage_faults == 0
+
+
 @pytest.mark.parametrize("agile", [False, True], ids=["nested", "agile"])
 def test_what_the_host_takes_away_faults_again(one_frame_guest: Callable[[], sk.Vm], agile: bool) -> None:
     read = make_rows(sk.Op.READ, [0])

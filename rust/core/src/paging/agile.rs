@@ -77,6 +77,9 @@ struct Table {
     idle: u8,
 }
 
+/// Frames of the entries that a fill brought beside its own.
+pub(super) type Neighbours = [Option<Gfn>; PREFETCH];
+
 /// A shadow entry: which of its table, and which part of it where the shadow maps smaller pages than the guest.
 const fn key(index: usize, part: u64) -> u64 {
     (index as u64) << 32 | part
@@ -157,14 +160,14 @@ impl Agile {
     }
 
     /// The shadow entries above the changeover are needed, the leaf's for a page that is mapped at level `mapped`. One
-    /// exit fills all that are missing, and the neighbours of the leaf. Whether any were.
+    /// exit fills all that are missing, and the neighbours of the leaf. Whether any were, and the neighbours' frames.
     pub(super) fn fill(
         &mut self,
         host: &Host,
         walk: &GuestWalk,
         mode: &Mode,
         (gva, at, mapped): (Gva, Level, Level),
-    ) -> bool {
+    ) -> (bool, Neighbours) {
         let mut missing = false;
         for level in (walk.level.0.max(at.0 + 1)..=mode.top.0).rev() {
             let part = if level == walk.level.0 { part(mode, gva, walk.level, mapped) } else { 0 };
@@ -172,18 +175,19 @@ impl Agile {
             let key = key(mode.index(gva, Level(level)), part);
             missing |= self.tables.get_mut(&gfn).is_some_and(|table| table.filled.insert(key));
         }
+        let mut neighbours = Neighbours::default();
         if missing && walk.level == Level::PT && at.0 == 0 {
-            self.prefetch(host, walk.steps[0].table, mode, mode.index(gva, Level::PT));
+            self.prefetch(host, (walk.steps[0].table, mode.index(gva, Level::PT)), mode, &mut neighbours);
         }
-        missing
+        (missing, neighbours)
     }
 
     /// The neighbours of an entry that was filled, as KVM does it: eight entries, up to the first whose guest entry is
     /// not ready (`FNAME(pte_prefetch)`, 6.1).
-    fn prefetch(&mut self, host: &Host, gfn: Gfn, mode: &Mode, index: usize) {
+    fn prefetch(&mut self, host: &Host, (gfn, index): (Gfn, usize), mode: &Mode, neighbours: &mut Neighbours) {
         let Some(table) = self.tables.get_mut(&gfn.0) else { return };
         let first = index & !(PREFETCH - 1);
-        for near in first..first + PREFETCH {
+        for (near, neighbour) in (first..first + PREFETCH).zip(neighbours) {
             let key = key(near, 0);
             if table.filled.contains(&key) {
                 continue;
@@ -193,6 +197,7 @@ impl Agile {
                 return;
             }
             table.filled.insert(key);
+            *neighbour = Some(entry.gfn());
             self.counts.prefetched += 1;
         }
     }

@@ -92,10 +92,15 @@ impl Stage {
         gfn.0 >> self.shift()
     }
 
+    /// Maps a frame's unit without an exit of its own. Returns whether it was not.
+    pub(super) fn bring(&mut self, gfn: Gfn) -> bool {
+        let unit = self.unit(gfn);
+        (!self.warm || self.gone.holds(unit)) && self.mapped.insert(unit)
+    }
+
     /// An access comes to a frame.
     pub(super) fn touch(&mut self, vm: &mut Vm, gfn: Gfn, write: bool) -> StageExit {
-        let unit = self.unit(gfn);
-        let fresh = (!self.warm || self.gone.holds(unit)) && self.mapped.insert(unit);
+        let fresh = self.bring(gfn);
         let logged = vm.shadow.memory.slot(gfn).is_some_and(Slot::logs_dirty);
         // A page comes with W whatever the access, and then counts as written (`make_spte`, 6.1).
         let wanted = write || logged && fresh;

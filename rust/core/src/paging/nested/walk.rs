@@ -59,7 +59,11 @@ impl Nested {
     fn changeover(&mut self, host: &Host, mode: &Mode, gva: Gva, walk: &GuestWalk, filled: &mut bool) -> Level {
         let Some(agile) = &mut self.agile else { return mode.top };
         let at = agile.changeover(walk, mode.top, walk.level);
-        let missing = agile.fill(host, walk, mode, (gva, at, walk.level.min(self.stage.level())));
+        let (missing, neighbours) = agile.fill(host, walk, mode, (gva, at, walk.level.min(self.stage.level())));
+        // What a fill brings beside is resolved to the host's pages, too.
+        for gfn in neighbours.into_iter().flatten() {
+            self.stage.bring(gfn);
+        }
         if missing && !*filled {
             agile.note_fill();
         }
