@@ -15,9 +15,9 @@ from shadowkvm.bench.model import Row, Skipped
 __all__ = ["DOC", "rows"]
 
 DOC: Final = """Instructions that valgrind's callgrind counts for N rows of a trace with the event, less those of the
-same run without them, over N; it gives the same figure each time. KVM's figures are of Linux 6.1. What a row takes that
-needs no exit (for INVLPG and CR3: one that does nothing) is taken off; what remains is the MMU's part, as KVM's figures
-leave exit and entry out. The last column has it with the row."""
+same run without them, over N; it gives the same figure each time. KVM's figures are of Linux 6.1. What a row takes
+that needs no exit is taken off; what remains is the MMU's part, as KVM's figures leave exit and entry out (but those of
+INVLPG and CR3, which are of whole exits). The last column has it with the row."""
 
 
 class _Event(NamedTuple):
@@ -25,20 +25,18 @@ class _Event(NamedTuple):
     kvm: float | None
     asked: float
     times: int
-    base: str
-    """What the same row takes without the event."""
 
 
 _EVENTS: Final = {
-    "fault": _Event("fault on a fresh page, no neighbours", 4_033, 400, 2000, "hit"),
-    "lone_table": _Event("... and a new last-level table", 4_637, 700, 80, "hit"),
-    "unsync": _Event("first store to a last-level table: unsync", 4_153, 400, 80, "hit"),
-    "directory": _Event("store to a page directory: emulated", 5_766, 500, 1000, "hit"),
-    "flood": _Event("third such store: flood, zap", 26_984, 1_500, 150, "hit"),
-    "reflected": _Event("guest's own #PF", 937, 250, 2000, "hit"),
-    "invlpg": _Event("INVLPG of a synced page", 4_689, 120, 2000, "mark"),
-    "invlpg_unsync": _Event("INVLPG in an unsync table", 13_866, 600, 1000, "mark"),
-    "cr3": _Event("CR3 load, nothing unsync", 3_819, 120, 2000, "mark"),
+    "fault": _Event("fault on a fresh page, no neighbours", 4_033, 400, 2000),
+    "lone_table": _Event("... and a new last-level table", 4_637, 700, 80),
+    "unsync": _Event("first store to a last-level table: unsync", 4_153, 400, 80),
+    "directory": _Event("store to a page directory: emulated", 5_766, 500, 1000),
+    "flood": _Event("third such store: flood, zap", 26_984, 1_500, 150),
+    "reflected": _Event("guest's own #PF", 937, 250, 2000),
+    "invlpg": _Event("INVLPG of a synced page", 4_689, 120, 2000),
+    "invlpg_unsync": _Event("INVLPG in an unsync table", 13_866, 600, 1000),
+    "cr3": _Event("CR3 load, nothing unsync", 3_819, 120, 2000),
 }
 
 
@@ -85,13 +83,12 @@ def rows(quick: bool) -> Iterator[Row]:
     def of(event: str, count: int) -> float:
         return _instructions(program, event, max(50, count // 10) if quick else count)
 
-    base = {name: of(name, 2000) for name in ("hit", "mark")}
-    yield Row("a row that needs no exit", base["hit"], "instructions")
-    yield Row("a row that does nothing", base["mark"], "instructions")
+    base = of("hit", 2000)
+    yield Row("a row that needs no exit", base, "instructions")
     measured = {}
     for name, event in _EVENTS.items():
         measured[name] = of(name, event.times)
-        mmu = measured[name] - base[event.base]
+        mmu = measured[name] - base
         note = f"{measured[name]:,.0f}"
         yield Row(event.label, mmu, "instructions", event.kvm, event.asked, note=note)
         if name == "fault":

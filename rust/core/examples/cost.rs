@@ -176,7 +176,6 @@ fn times(n: u64, rows: &[Row]) -> Vec<Row> {
 
 const EVENTS: &[(&str, Prepare, Rows)] = &[
     ("hit", full_table, |n| times(n, &[load(BASE)])),
-    ("mark", full_table, |n| times(n, &[row(OpCode::Mark, 0, 0)])),
     ("fault", lone_pages, groups),
     ("prefetch", first_of_each_table, groups),
     ("lone_table", lone_tables, tables),
