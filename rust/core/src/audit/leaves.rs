@@ -93,14 +93,16 @@ impl Audit<'_> {
         });
     }
 
-    /// The frame's own host page, there and as large as the leaf; or the zero page, read-only. A host page that goes or
-    /// shrinks takes its leaves with it (`kvm_unmap_gfn_range`, 6.1).
+    /// The frame's own host page, there and as large as the leaf; or a page that others have, too (the zero page, one
+    /// that is shared), read-only. A host page that goes or shrinks takes its leaves with it (`kvm_unmap_gfn_range`, 6.1).
     fn check_host_page(&mut self, pos: SptePos, spte: Spte, gfn: Gfn, level: Level) {
         let host = &self.shadow.memory.host;
-        if spte.pfn() == Host::ZERO_PFN {
-            let zero = level == Level::PT && host.state(gfn) == HostState::Zero && spte.0 & HOST_WRITABLE == 0;
-            self.expect(zero, |a| {
-                format!("{} maps the zero page for gfn {gfn:#x}, which is {:?}", a.entry_name(pos), host.state(gfn))
+        let state = host.state(gfn);
+        let common = matches!(state, HostState::Zero | HostState::Shared);
+        if common || spte.pfn() == Host::ZERO_PFN {
+            let fits = common && spte.pfn() == host.frame(gfn);
+            self.expect(fits && level == Level::PT && spte.0 & HOST_WRITABLE == 0, |a| {
+                format!("{} maps pfn {:#x} for gfn {gfn:#x}, which is {state:?}", a.entry_name(pos), spte.pfn())
             });
             return;
         }

@@ -51,9 +51,12 @@ impl Vm {
         }
         write!(hash, "{:?}", self.shadow.counters).expect("a hash takes any text");
         for slot in self.shadow.memory.slots() {
-            write!(hash, "{} {} {} {}", slot.id, slot.base.0, slot.pages, slot.readonly)
+            write!(hash, "{} {} {} {} {}", slot.id, slot.base.0, slot.pages, slot.readonly, slot.logs_dirty())
                 .expect("a hash takes any text");
         }
+        let shadow = &self.shadow;
+        let rest = (shadow.max_pages, shadow.memory.generation, shadow.manual_dirty, shadow.config.nx_huge_pages);
+        write!(hash, "{rest:?} {:?}", self.sites).expect("a hash takes any text");
         hash.0
     }
 }
@@ -75,6 +78,16 @@ mod tests {
         assert_eq!(vm.state_hash(), before, "zeros where zeros were");
         vm.write_memory(Gpa(0x1000), &[1]).unwrap();
         let written = vm.state_hash();
+        for change in [
+            (|vm| vm.set_page_quota(1000).unwrap()) as fn(&mut Vm),
+            |vm| vm.set_dirty_log(0, true).unwrap(),
+            |vm| vm.set_sites(vec![0, 5]),
+            |vm| vm.set_nx_huge_pages(true),
+        ] {
+            let mut other = new();
+            change(&mut other);
+            assert_ne!(other.state_hash(), before);
+        }
         assert_ne!(written, before);
         let copy = vm.clone();
         vm.write_memory(Gpa(0x1000), &[0]).unwrap();

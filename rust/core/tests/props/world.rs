@@ -10,6 +10,7 @@ use proptest::sample::select;
 use shadowkvm_core::config::{Config, CpuFeatures, QEMU_TCG, ZEN};
 use shadowkvm_core::cpu::Registers;
 use shadowkvm_core::engine::{RunOptions, Vm};
+use shadowkvm_core::kernel::{KERNELS, Kernel};
 use shadowkvm_core::memory::HostState;
 use shadowkvm_core::ops::Row;
 use shadowkvm_core::policy::builtin;
@@ -47,6 +48,7 @@ pub(crate) type Edit = (u64, u64, u64);
 #[derive(Clone)]
 pub(crate) struct Start {
     pub(crate) cpu: CpuFeatures,
+    pub(crate) kernel: &'static Kernel,
     pub(crate) nx_huge_pages: bool,
     pub(crate) policy: &'static str,
     pub(crate) host_pages: HostState,
@@ -97,6 +99,7 @@ impl Start {
     /// Nothing out of the ordinary.
     pub(crate) const fn plain() -> Self {
         Self {
+            kernel: KERNELS[0],
             cpu: ZEN,
             nx_huge_pages: false,
             policy: "kvm",
@@ -110,7 +113,7 @@ impl Start {
 
     /// The VM, with both vCPUs in the identity map.
     pub(crate) fn build(&self, events: u32) -> Vm {
-        let config = Config { cpu: self.cpu, nx_huge_pages: self.nx_huge_pages, ..Config::default() };
+        let config = Config { cpu: self.cpu, kernel: *self.kernel, nx_huge_pages: self.nx_huge_pages };
         let policy = builtin(self.policy).expect("a policy that exists");
         let mut vm = Vm::new(self.memory(), 2, config, policy, events).expect("a good configuration");
         self.set_host_pages(&mut vm);
@@ -280,13 +283,16 @@ pub(crate) fn start(rules: Rules) -> BoxedStrategy<Start> {
         3 => Just(HostState::Huge2m),
         2 => Just(HostState::Absent),
         1 => Just(HostState::Zero),
+        1 => Just(HostState::Shared),
         1 => Just(HostState::Huge1g),
     ];
     let slot1 = prop_oneof![3 => Just(None), 1 => (0u8..4).prop_map(Some)];
     let quota = prop::option::of(Just(64u64));
-    (select(vec![ZEN, QEMU_TCG]), prop::bool::weighted(0.3), policy, host, slot1, quota, flaws(rules))
-        .prop_map(move |(cpu, nx_huge_pages, policy, host_pages, slot1, quota, flaws)| Start {
+    let cpu = (select(vec![ZEN, QEMU_TCG]), select(KERNELS.to_vec()));
+    (cpu, prop::bool::weighted(0.3), policy, host, slot1, quota, flaws(rules))
+        .prop_map(move |((cpu, kernel), nx_huge_pages, policy, host_pages, slot1, quota, flaws)| Start {
             cpu,
+            kernel,
             nx_huge_pages,
             policy,
             host_pages,
