@@ -114,8 +114,8 @@ fn broken_counts_are_found() {
     finds(|vm| vm.shadow.indirect_pages += 1, "pages with gptes: 5 are there");
     finds(|vm| vm.shadow.memory.slot_mut(Gfn(3)).unwrap().frame_mut(Gfn(3)).track = 0, "write-track count is 0");
     finds(|vm| vm.shadow.memory.slot_mut(Gfn(9)).unwrap().frame_mut(Gfn(9)).track = 1, "write-track count is 1");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).1 = 4, "noted are 4 and 5");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).2 = 0, "noted are 5 and 0");
+    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).1.1 = 4, "noted are 4 and 5");
+    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).2.1 = 0, "noted are 5 and 0");
 }
 
 #[test]

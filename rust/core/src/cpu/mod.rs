@@ -411,13 +411,13 @@ impl Vcpu {
     /// Whether the MMIO cache answers for that address (`vcpu_match_mmio_gva` and `vcpu_match_mmio_gen`, 6.1).
     #[must_use]
     pub const fn mmio_matches(&self, gva: Gva, generation: u64) -> bool {
-        self.mmio.gva != 0 && self.mmio.gva == gva.page().0 && self.mmio.generation == generation
+        self.mmio.generation == generation && self.mmio.gva != 0 && self.mmio.gva == gva.page().0
     }
 
     /// Whether the MMIO cache holds that frame (`vcpu_match_mmio_gpa`, 6.1).
     #[must_use]
     pub const fn mmio_gfn_matches(&self, gfn: Gfn, generation: u64) -> bool {
-        self.mmio.gfn.0 != 0 && self.mmio.gfn.0 == gfn.0 && self.mmio.generation == generation
+        self.mmio.generation == generation && self.mmio.gfn.0 != 0 && self.mmio.gfn.0 == gfn.0
     }
 
     /// Forgets the MMIO cache (`vcpu_clear_mmio_info` with `MMIO_GVA_ANY`, 6.1).

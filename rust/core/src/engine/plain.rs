@@ -28,7 +28,7 @@ pub(crate) enum Rest {
 /// What ends a plain access.
 #[derive(Clone, Copy)]
 pub(super) enum End {
-    /// Its load or store, at an address of this frame; `None` is the zero page.
+    /// Its load or store, at an address of this frame; `None` is the zero page, or no more than what was done.
     Access(Option<Gfn>),
     /// A fault of the guest's own.
     Guest(GuestFault),
@@ -97,7 +97,7 @@ impl Ctx<'_> {
             Written::No => None,
             Written::Forbidden(base) => Some(Ok(End::Guest(self.guest_fault(plain.gva, base, store_code(plain.row))))),
             Written::Emulated => Some(Ok(End::Stored)),
-            Written::Allowed(gfn) => Some(Ok(End::Access(Some(gfn)))),
+            Written::Made => Some(Ok(End::Access(None))),
             Written::Again => Some(Err(Rest::Again)),
         }
     }

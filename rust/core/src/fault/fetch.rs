@@ -123,7 +123,7 @@ impl Ctx<'_> {
         Some(self.link_if_new(pos, new))
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find_child(&mut self, gfn: Gfn, role: Role) -> PageId {
         let (child, flush) = self.shadow.get_page(gfn, role, &self.vcpu.role);
         self.pay(flush);
@@ -134,7 +134,7 @@ impl Ctx<'_> {
         child
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn link_if_new(&mut self, pos: SptePos, new: Option<PageId>) -> PageId {
         let Some(child) = new else { return self.shadow.spte(pos).child() };
         let flush = self.shadow.link(pos, child);
@@ -210,10 +210,8 @@ impl Ctx<'_> {
         } else {
             let granted = self.shadow.arena[id].role.access();
             let contents = self.shadow.memory.host.contents(table);
-            if self.shadow.may_prefetch(pos, contents, &self.vcpu.role) {
-                let flush = self.shadow.prefetch_group(pos, Guest { contents, granted, role: &self.vcpu.role });
-                self.pay(flush);
-            }
+            let flush = self.shadow.prefetch(pos, Guest { contents, granted, role: &self.vcpu.role });
+            self.pay(flush);
         }
     }
 

@@ -116,7 +116,8 @@ impl Ctx<'_> {
     #[inline(always)]
     pub(crate) fn forget_floods(&mut self, gva: Gva) {
         if let Some(path) = self.ways.flood_path(gva, self.shadow.floods) {
-            for id in path {
+            // None is ever counted against a last-level page.
+            for id in &path[1..] {
                 self.shadow.arena[*id].flood = 0;
             }
         }

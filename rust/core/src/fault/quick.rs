@@ -11,7 +11,7 @@ use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
-use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
+use crate::guest::walk::{GuestFault, GuestWalk, Step, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
@@ -67,12 +67,10 @@ pub(crate) enum Quick {
     Protected { write_to_table: bool },
 }
 
-/// The last-level table of an address.
+/// The guest's last-level table of an address.
 #[derive(Clone, Copy)]
 pub(super) struct LastTable {
-    /// The shadow's, if it is linked already.
-    pub shadow: Option<PageId>,
-    /// What is in the guest's.
+    /// What is in it.
     contents: Contents,
     /// The rights above it.
     granted: Access,
@@ -80,8 +78,8 @@ pub(super) struct LastTable {
 
 impl LastTable {
     #[inline(always)]
-    fn of(way: &Way, host: &Host) -> Self {
-        Self { shadow: Some(way.table()), contents: way.contents(host), granted: way.walk.steps[0].access }
+    pub(super) fn of(way: &Way, host: &Host) -> Self {
+        Self { contents: way.contents(host), granted: way.walk.steps[0].access }
     }
 }
 
@@ -101,8 +99,15 @@ impl Ctx<'_> {
     pub(crate) fn quick_fault(&mut self, plain: Plain, code: ErrorCode) -> Quick {
         let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
-        let Some(last) = self.quick_table(root, gva) else { return Quick::No };
-        let (gfn, access) = match self.plain_translation(&last, gva, code, plain.row) {
+        let (table, last) = loop {
+            if let Some(way) = self.ways.find(root, gva, self.shadow) {
+                break (way.last_table(), LastTable::of(way, &self.shadow.memory.host));
+            }
+            if let Err(end) = self.make_way(root, plain, code) {
+                return end;
+            }
+        };
+        let (gfn, access) = match self.plain_translation(last, gva, code, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return Quick::Guest(self.guest_fault(gva, base, code)),
             Translation::Other => return Quick::No,
@@ -112,14 +117,13 @@ impl Ctx<'_> {
         if code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn) {
             return Quick::No;
         }
-        let Some(table) = last.shadow.or_else(|| self.link_last(root, gva, gfn)) else { return Quick::No };
         let pos = table.entry(gva.index(Level::PT));
         if self.shadow.spte(pos) == Spte::EMPTY
             && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
         {
             self.count_quick(gva, code);
             self.vcpu.counters.pf_fixed += 1;
-            self.after_leaf(pos, &last, owed);
+            self.after_leaf(pos, last, owed);
             if self.vcpu.requests != Requests::default() {
                 return Quick::Mapped(pos);
             }
@@ -135,7 +139,7 @@ impl Ctx<'_> {
             return Quick::Mapped(pos);
         }
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
-        self.after_leaf(pos, &last, owed);
+        self.after_leaf(pos, last, owed);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
@@ -149,72 +153,74 @@ impl Ctx<'_> {
 
     /// What follows an entry that was made: its neighbours, and the flushes that both owe.
     #[inline(always)]
-    pub(super) fn after_leaf(&mut self, pos: SptePos, last: &LastTable, mut owed: Flush) {
-        if self.shadow.may_prefetch(pos, last.contents, &self.vcpu.role) {
-            let guest = Guest { contents: last.contents, granted: last.granted, role: &self.vcpu.role };
-            owed += self.shadow.prefetch_group(pos, guest);
-        }
+    pub(super) fn after_leaf(&mut self, pos: SptePos, last: LastTable, mut owed: Flush) {
+        let guest = Guest { contents: last.contents, granted: last.granted, role: &self.vcpu.role };
+        owed += self.shadow.prefetch(pos, guest);
         self.pay(owed);
         self.keep_unsync_limit();
     }
 
-    /// The last-level tables of an address.
-    #[inline(always)]
-    pub(super) fn quick_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
-        match self.ways.find(root, gva, self.shadow) {
-            Some(way) => Some(LastTable::of(way, &self.shadow.memory.host)),
-            None => self.seek_table(root, gva),
-        }
-    }
-
+    /// Finds the way to the last-level tables of an address and remembers it; if the shadow's is missing it is linked.
+    ///
+    /// # Errors
+    /// How the fault ends without.
     #[inline(never)]
-    fn seek_table(&mut self, root: PageId, gva: Gva) -> Option<LastTable> {
-        if let Some(way) = self.ways.find_directory(root, gva, self.shadow) {
-            return self.below_directory(way, gva);
-        }
-        if !self.seek_way(root, gva) {
-            return None;
-        }
-        match self.ways.find(root, gva, self.shadow) {
-            Some(way) => Some(LastTable::of(way, &self.shadow.memory.host)),
-            None => self.below_directory(self.ways.find_directory(root, gva, self.shadow)?, gva),
-        }
+    fn make_way(&mut self, root: PageId, plain: Plain, code: ErrorCode) -> Result<(), Quick> {
+        let gva = plain.gva;
+        let (pos, directory) = loop {
+            if let Some(way) = self.ways.find_directory(root, gva, self.shadow) {
+                break (way.path[1].entry(gva.index(Level::PD)), way.walk.steps[1]);
+            }
+            if !self.seek_way(root, gva) {
+                return Err(Quick::No);
+            }
+            if self.ways.find(root, gva, self.shadow).is_some() {
+                return Ok(());
+            }
+        };
+        self.link_below(pos, directory, plain, code)
     }
 
-    /// The guest's last-level table of an address below its directory, if there is one and all about it is plain.
+    /// The same where the directories and the place in the shadow's are known (`FNAME(fetch)`, 6.1). Nothing is done if the
+    /// tables or the frame of the address are not plain: what the whole way would refuse after it has linked tables must be
+    /// known before.
     #[inline(always)]
-    fn below_directory(&self, way: &Way, gva: Gva) -> Option<LastTable> {
-        let (role, memory, directory) = (&self.vcpu.role, &self.shadow.memory, &way.walk.steps[1]);
-        let index = role.mode.index(gva, Level::PD);
-        let pde = Gpte(memory.host.entry(directory.table, index, role.mode.entry_bytes));
-        let plain =
+    fn link_below(&mut self, pos: SptePos, directory: Step, plain: Plain, code: ErrorCode) -> Result<(), Quick> {
+        let (gva, role) = (plain.gva, &self.vcpu.role);
+        let host = &self.shadow.memory.host;
+        let pde = Gpte(host.entry(directory.table, role.mode.index(gva, Level::PD), role.mode.entry_bytes));
+        let guest = pde.gfn();
+        let in_order =
             pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
-        let (guest, granted) = (pde.gfn(), directory.access.and(pde.access()));
-        let plain = plain && self.is_readable(guest);
-        plain.then(|| LastTable { shadow: None, contents: memory.host.contents(guest), granted })
+        if !in_order || !self.shadow.memory.has_slot(guest) {
+            return Err(Quick::No);
+        }
+        let Some(contents) = host.present_contents(guest) else { return Err(Quick::No) };
+        let last = LastTable { contents, granted: directory.access.and(pde.access()) };
+        let wanted = self.shadow.arena[pos.page()].role.child(pos.index(), false, last.granted);
+        let mut table = self.shadow.spte(pos).child();
+        if !self.shadow.is_linked(pos, guest, wanted) {
+            // The fault asks for room once, before it links, but the translation will be looked at again.
+            if self.shadow.max_pages <= self.shadow.used_pages + MIN_FREE_PAGES {
+                return Err(Quick::No);
+            }
+            match self.plain_translation(last, gva, code, plain.row) {
+                Translation::Page(gfn, _) if self.is_plain_frame(gfn, code) => {}
+                Translation::Fault(base) => return Err(Quick::Guest(self.guest_fault(gva, base, code))),
+                _ => return Err(Quick::No),
+            }
+            table = self.find_child(guest, wanted);
+            self.link_if_new(pos, Some(table));
+        }
+        self.ways.remember_below(gva, (pde, last.contents), table);
+        Ok(())
     }
 
-    /// Links the last-level table of an address below its directory (`FNAME(fetch)`, 6.1), and remembers the way. `None`,
-    /// and nothing done, if the frame of the address is not plain: what the whole way would refuse after it has linked
-    /// tables must be known before.
-    #[cold]
-    fn link_last(&mut self, root: PageId, gva: Gva, gfn: Gfn) -> Option<PageId> {
-        if !self.shadow.memory.near(gfn)?.is_plain(gfn) {
-            return None;
-        }
-        let way = self.ways.find_directory(root, gva, self.shadow)?;
-        let (pos, directory) = (way.table().entry(gva.index(Level::PD)), way.walk.steps[1]);
-        for id in &way.path[1..] {
-            self.shadow.arena[*id].flood = 0;
-        }
-        let mode = self.vcpu.role.mode;
-        let pde = Gpte(self.shadow.memory.host.entry(directory.table, mode.index(gva, Level::PD), mode.entry_bytes));
-        let (guest, granted) = (pde.gfn(), directory.access.and(pde.access()));
-        let role = self.shadow.arena[pos.page()].role.child(pos.index(), false, granted);
-        let new = (!self.shadow.is_linked(pos, guest, role)).then(|| self.find_child(guest, role));
-        let table = self.link_if_new(pos, new);
-        self.ways.remember_below(gva, self.shadow, table, pde);
-        Some(table)
+    /// Whether a frame may be mapped, or have W back, without more ado.
+    #[inline(always)]
+    fn is_plain_frame(&mut self, gfn: Gfn, code: ErrorCode) -> bool {
+        let protected = code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn);
+        !protected && self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn))
     }
 
     /// The fault is taken, and is the guest's own.
@@ -244,7 +250,7 @@ impl Ctx<'_> {
 
     /// What the guest's last-level entry says.
     #[inline(always)]
-    pub(super) fn plain_translation(&self, last: &LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
+    pub(super) fn plain_translation(&self, last: LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
         let (role, granted) = (&self.vcpu.role, last.granted);
         let host = &self.shadow.memory.host;
         let gpte = Gpte(match role.mode.entry_bytes {

@@ -37,6 +37,12 @@ impl Ctx<'_> {
         true
     }
 
+    /// The same, if it comes to the last-level table.
+    #[inline(never)]
+    pub(super) fn seek_last_way(&mut self, root: PageId, gva: Gva) -> bool {
+        self.seek_way(root, gva) && self.ways.find(root, gva, self.shadow).is_some()
+    }
+
     /// Whether a walk can read a table without bringing its page in.
     pub(super) fn is_readable(&self, table: Gfn) -> bool {
         self.shadow.memory.has_slot(table) && self.shadow.memory.host.present(table)

@@ -7,10 +7,11 @@
 use crate::cpu::{AccessRow, Requests};
 use crate::fault::Ctx;
 use crate::fault::emulate::APIC_GFN;
-use crate::fault::quick::{Plain, Translation};
+use crate::fault::quick::{LastTable, Plain, Translation};
+use crate::memory::Contents;
 use crate::shadow::Flush;
 use crate::shadow::spte::Spte;
-use crate::types::{ErrorCode, Gfn, Gpa, Gva, SptePos};
+use crate::types::{ErrorCode, Gpa, Gva, SptePos};
 
 /// How a store ended on this way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,8 +22,8 @@ pub(crate) enum Written {
     Forbidden(ErrorCode),
     /// The store was emulated; the guest is to be entered.
     Emulated,
-    /// The page is writable now, and this is its frame.
-    Allowed(Gfn),
+    /// The page is writable now, and the store made.
+    Made,
     /// It is, but KVM has something to do before the store is tried again.
     Again,
 }
@@ -40,33 +41,55 @@ impl Ctx<'_> {
     pub(crate) fn quick_write(&mut self, (pos, leaf): (SptePos, Spte), plain: Plain, stored: Option<u64>) -> Written {
         let (gva, code) = (plain.gva, store_code(plain.row));
         let Some(root) = self.vcpu.root.page() else { return Written::No };
-        // Behind a link that is not what the guest's tables say now, the whole way makes another.
-        let last = self.quick_table(root, gva).filter(|last| last.shadow == Some(pos.page()));
-        let Some(last) = last else { return Written::No };
-        let (gfn, access) = match self.plain_translation(&last, gva, code, plain.row) {
+        let last = loop {
+            if let Some(way) = self.ways.find(root, gva, self.shadow) {
+                // Behind a link that is not what the guest's tables say now, the whole way makes another.
+                if way.last_table() != pos.page() {
+                    return Written::No;
+                }
+                break LastTable::of(way, &self.shadow.memory.host);
+            }
+            if !self.seek_last_way(root, gva) {
+                return Written::No;
+            }
+        };
+        let (gfn, access) = match self.plain_translation(last, gva, code, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return Written::Forbidden(base),
             Translation::Other => return Written::No,
         };
         let Some(mut near) = self.shadow.memory.near(gfn) else { return Written::No };
         let Some(frame) = near.writable_frame(gfn).copied() else { return Written::No };
+        let (contents, gpa) = (near.contents(gfn), Gpa(gfn.gpa().0 | gva.offset()));
         if frame.track > 0 {
             let Some(value) = stored else { return Written::No };
-            return self.store_to_table(Gpa(gfn.gpa().0 | gva.offset()), gva, (plain.size, value), code);
+            return self.store_to_table((gpa, contents), gva, (plain.size, value), code);
         }
         if self.shadow.unprotect_plain_leaf((pos, leaf), gfn, access, frame.tables > 0).is_none() {
             return Written::No;
         }
         self.count_quick(gva, code);
         self.vcpu.counters.pf_fixed += 1;
-        self.after_leaf(pos, &last, Flush::NONE);
+        self.after_leaf(pos, last, Flush::NONE);
         // A prefetch may owe a flush; then the store is made when it is paid.
-        if self.vcpu.requests == Requests::default() { Written::Allowed(gfn) } else { Written::Again }
+        if self.vcpu.requests != Requests::default() {
+            return Written::Again;
+        }
+        if let Some(value) = plain.value {
+            self.shadow.memory.host.write_in(contents, gpa, plain.size, value);
+        }
+        Written::Made
     }
 
     /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
     #[inline(never)]
-    fn store_to_table(&mut self, gpa: Gpa, gva: Gva, (size, value): (u8, u64), code: ErrorCode) -> Written {
+    fn store_to_table(
+        &mut self,
+        (gpa, contents): (Gpa, Contents),
+        gva: Gva,
+        (size, value): (u8, u64),
+        code: ErrorCode,
+    ) -> Written {
         let (generation, gfn) = (self.shadow.memory.generation, gpa.gfn());
         if self.vcpu.mmio_matches(gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation) || gfn.0 == APIC_GFN {
             return Written::No;
@@ -83,7 +106,7 @@ impl Ctx<'_> {
         }
         if size == 8 && gpa.0.is_multiple_of(8) && self.shadow.indirect_pages > 0 {
             // What is left of `write_ram` for a whole entry in plain memory.
-            self.shadow.memory.host.write(gpa, 8, value);
+            self.shadow.memory.host.write_in(contents, gpa, 8, value);
             let flush = self.shadow.entry_written(gpa, 8, value, &self.vcpu.role);
             self.pay(flush);
         } else {

@@ -83,6 +83,12 @@ impl Way {
         Self { track, path, level, floods: 0, contents: Contents::NOTHING, walk }
     }
 
+    /// The shadow table that a way to a last-level one leads to.
+    #[inline(always)]
+    pub(crate) const fn last_table(&self) -> PageId {
+        self.path[0]
+    }
+
     /// The shadow table that it leads to.
     #[inline(always)]
     pub(crate) const fn table(&self) -> PageId {
@@ -174,15 +180,15 @@ impl Ways {
         self.last[region as usize % LAST] = Way { track, path: *path, level: Level::PT, floods, contents, walk: *walk };
     }
 
-    /// The same for the way to a table below a directory to which one is remembered: `pde` links the guest's.
-    #[inline]
-    pub(crate) fn remember_below(&mut self, gva: Gva, shadow: &Shadow, table: PageId, pde: Gpte) {
+    /// The same for the way to a table below a directory to which one is remembered: `pde` links the guest's, whose contents
+    /// are given. No fault has gone it yet.
+    #[inline(always)]
+    pub(crate) fn remember_below(&mut self, gva: Gva, (pde, contents): (Gpte, Contents), table: PageId) {
         let region = gva.0 >> shift(Level::PT);
         let directory = &self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
         let way = &mut self.last[region as usize % LAST];
         *way = *directory;
-        (way.track.region, way.level, way.floods) = (region, Level::PT, shadow.floods);
-        way.contents = shadow.memory.host.contents(pde.gfn());
+        (way.track.region, way.level, way.floods, way.contents) = (region, Level::PT, !0, contents);
         way.path[0] = table;
         way.walk.steps[1].pte = pde;
         let access = way.walk.steps[1].access.and(pde.access());

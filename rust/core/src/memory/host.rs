@@ -2,7 +2,7 @@
 
 mod bounds;
 
-use crate::memory::frames::{Frames, Region};
+use crate::memory::frames::{Frame, Frames, Region};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +57,11 @@ pub struct Contents(u32);
 impl Contents {
     /// The page of zeros.
     pub const NOTHING: Self = Self(0);
+
+    #[inline(always)]
+    pub(super) const fn of(frame: Frame) -> Self {
+        Self(frame.page())
+    }
 }
 
 /// All of the host's pages, by guest frame.
@@ -231,7 +236,14 @@ impl Host {
     #[inline]
     #[must_use]
     pub fn contents(&self, gfn: Gfn) -> Contents {
-        Contents(self.frames.get(gfn).page())
+        Contents::of(self.frames.get(gfn))
+    }
+
+    /// The same of a frame whose page is there.
+    #[inline(always)]
+    pub(crate) fn present_contents(&self, gfn: Gfn) -> Option<Contents> {
+        let frame = self.frames.get(gfn);
+        frame.present().then(|| Contents::of(frame))
     }
 
     /// The entry `at` of a table page found before.
@@ -285,10 +297,15 @@ impl Host {
     /// Stores `size` (1 to 8) bytes that lie inside one page.
     #[inline(always)]
     pub fn write(&mut self, gpa: Gpa, size: u8, value: u64) {
-        let at = self.frames.get(gpa.gfn()).page();
-        if size == 8 && gpa.0.is_multiple_of(8) && at != 0 {
+        self.write_in(self.contents(gpa.gfn()), gpa, size, value);
+    }
+
+    /// The same where the contents of the page are known.
+    #[inline(always)]
+    pub fn write_in(&mut self, contents: Contents, gpa: Gpa, size: u8, value: u64) {
+        if size == 8 && gpa.0.is_multiple_of(8) && contents != Contents::NOTHING {
             // Most stores.
-            self.pages[at as usize][gpa.offset() as usize / 8] = value;
+            self.pages[contents.0 as usize][gpa.offset() as usize / 8] = value;
         } else {
             self.write_part(gpa, size, value);
         }

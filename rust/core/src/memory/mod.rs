@@ -44,6 +44,13 @@ impl Near<'_> {
         self.states[gfn.0 as usize % ENTRIES].writable()
     }
 
+    /// Where the contents of a frame of the region are.
+    #[inline(always)]
+    #[must_use]
+    pub fn contents(&self, gfn: Gfn) -> Contents {
+        Contents::of(self.states[gfn.0 as usize % ENTRIES])
+    }
+
     /// Whether all frames of the region lie in the slot.
     #[inline]
     #[must_use]
@@ -57,6 +64,12 @@ impl Near<'_> {
     #[inline(always)]
     pub fn plain_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
         self.writable_frame(gfn).filter(|frame| !access.has(Access::W) || frame.tables == 0)
+    }
+
+    /// The same, of a frame that no small leaf maps yet.
+    #[inline(always)]
+    pub fn free_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
+        self.writable_frame(gfn).filter(|frame| frame.is_free(access.has(Access::W)))
     }
 
     /// The bookkeeping of a frame of this region and slot whose page the host has and may write.

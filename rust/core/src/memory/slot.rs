@@ -17,7 +17,17 @@ pub struct SlotFrame {
     pub tables: u16,
 }
 
+impl SlotFrame {
+    /// Whether no leaf of level 1 maps it and, if it is to be `writable`, no table is in it.
+    #[inline(always)]
+    pub(super) fn is_free(self, writable: bool) -> bool {
+        // All in one look.
+        self.word() & if writable { !0 } else { u64::from(u32::MAX) } == 0
+    }
+}
+
 impl Word for SlotFrame {
+    #[inline(always)]
     fn word(self) -> u64 {
         u64::from(self.rmap.0) | u64::from(self.track) << 32 | u64::from(self.tables) << 48
     }
@@ -180,12 +190,14 @@ impl Slot {
         &mut self.region_mut(gfn).frames[frame_index(gfn)]
     }
 
-    /// What shadow pages count: the frame's bookkeeping, and how many forbid a leaf of 2 MiB and of 1 GiB around it.
-    #[inline]
-    pub fn shadow_counts_mut(&mut self, gfn: Gfn) -> (&mut SlotFrame, &mut u32, &mut u32) {
+    /// What shadow pages count: the frame's bookkeeping, and how many forbid a leaf of 2 MiB and of 1 GiB around it; with the
+    /// lists of such leaves.
+    #[inline(always)]
+    pub fn shadow_counts_mut(&mut self, gfn: Gfn) -> (&mut SlotFrame, (RmapHead, &mut u32), (RmapHead, &mut u32)) {
         let (region, giant) = (self.region_index(gfn), self.giant_index(gfn));
-        let region = Self::begun(&mut self.regions[region]);
-        (&mut region.frames[frame_index(gfn)], &mut region.disallow_2m, &mut self.giant[giant].1)
+        let (region, giant) = (Self::begun(&mut self.regions[region]), &mut self.giant[giant]);
+        let two = (region.rmap_2m, &mut region.disallow_2m);
+        (&mut region.frames[frame_index(gfn)], two, (giant.0, &mut giant.1))
     }
 
     /// How many shadow pages forbid a leaf of 2 MiB and of 1 GiB around the frame.

@@ -157,6 +157,7 @@ impl Shadow {
         self.arena.spte(pos)
     }
 
+    #[inline(always)]
     pub(crate) fn page_event(&mut self, kind: EventKind, id: PageId, created: bool) {
         let page = &self.arena[id];
         let text = || PageText {

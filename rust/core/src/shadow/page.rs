@@ -68,13 +68,13 @@ impl Page {
     }
 }
 
-/// One page's entries, to change many; who does keeps `used` right.
-pub(super) struct PageMut<'a> {
-    pub sptes: &'a mut [u64; ENTRIES],
+/// 64 of a page's entries, to change many; who does keeps `used` right.
+pub(super) struct Block<'a> {
+    pub sptes: &'a mut [u64; 64],
     /// What each was made from, in a page with gptes: frame << 3 | rights.
-    pub shadowed: &'a mut [u64; ENTRIES],
+    pub shadowed: &'a mut [u64; 64],
     /// Which are not empty.
-    pub used: &'a mut Bitmap,
+    pub used: &'a mut u64,
 }
 
 /// All shadow pages of a VM.
@@ -210,17 +210,24 @@ impl Arena {
         self.sptes[id.0 as usize * ENTRIES..].first_chunk().expect("every page has its entries")
     }
 
-    /// All entries of a page, to change many.
+    /// All entries of a page with gptes, and what each was made from, to change many that are not empty and stay so.
     ///
     /// # Panics
     /// If the page does not exist.
     #[inline]
-    pub(super) fn page_mut(&mut self, id: PageId) -> PageMut<'_> {
-        let at = id.0 as usize * ENTRIES;
-        PageMut {
-            sptes: self.sptes[at..].first_chunk_mut().expect("every page has its entries"),
-            shadowed: self.shadowed[at..].first_chunk_mut().expect("every page has its entries"),
-            used: &mut self.pages[id.0 as usize].used,
+    pub(super) fn page_mut(&mut self, id: PageId) -> (&mut [u64; ENTRIES], &mut [u64; ENTRIES]) {
+        let at = id.0 as usize;
+        (&mut self.sptes.as_chunks_mut().0[at], &mut self.shadowed.as_chunks_mut().0[at])
+    }
+
+    /// The 64 entries around one, to change many.
+    #[inline(always)]
+    pub(super) fn block_mut(&mut self, pos: SptePos) -> Block<'_> {
+        let at = pos.0 as usize / 64;
+        Block {
+            sptes: &mut self.sptes.as_chunks_mut().0[at],
+            shadowed: &mut self.shadowed.as_chunks_mut().0[at],
+            used: &mut self.pages[pos.page().0 as usize].used[pos.index() / 64],
         }
     }
 

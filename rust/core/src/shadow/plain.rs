@@ -10,7 +10,7 @@ use crate::memory::{Contents, Host, Near};
 use crate::mode::Mode;
 use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
 use crate::shadow::{Flush, Shadow};
-use crate::types::{Access, ENTRIES, Gfn, Level, SptePos};
+use crate::types::{Access, ENTRIES, Gfn, Level, RmapHead, SptePos};
 use std::ops::Range;
 
 /// The guest's entries behind a page.
@@ -55,9 +55,9 @@ impl Shadow {
     ) -> Option<Flush> {
         let mut near = self.memory.near(gfn)?;
         let frame = near.plain_frame_here(gfn, access)?;
-        let before = self.lists.add(&mut frame.rmap, pos);
         let bits = leaf_bits(gfn, access) | mark;
         self.arena.set_leaf(pos, Spte(bits), gfn, access);
+        let before = self.lists.add(&mut frame.rmap, pos);
         if EVENT {
             self.events.set_spte(gfn.0, bits, sptep(pos.page(), pos.index()), Level::PT.0);
         }
@@ -113,32 +113,53 @@ impl Shadow {
         Some(())
     }
 
-    /// Whether there may be neighbours to fill. Often there are none: all are there, or the first that is not has nothing
-    /// behind it. An MMIO entry is none of either.
+    /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
+    /// (`FNAME(pte_prefetch)`, 6.1). Often there are none: all are there, or the first that is not has nothing behind it.
     #[inline(always)]
-    pub(crate) fn may_prefetch(&self, pos: SptePos, contents: Contents, role: &CpuRole) -> bool {
-        if role.mode.entry_bytes != 8 || self.has_mmio || !self.policy.prefetches_like_kvm() {
-            return true;
+    pub(crate) fn prefetch(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+        let Guest { contents, granted, role } = guest;
+        // An MMIO entry is neither empty nor present.
+        if role.mode.entry_bytes == 8 && !self.has_mmio && self.policy.prefetches_like_kvm() {
+            let start = pos.index() & !(PREFETCH - 1);
+            let there = (self.arena[pos.page()].used[start / 64] >> (start % 64)) as u8;
+            let first = there.trailing_ones() as usize;
+            let gpte = self.memory.host.words_in(contents)[(start + first) % ENTRIES];
+            if first == PREFETCH || gpte & (PT_P | PT_A) != PT_P | PT_A {
+                return Flush::NONE;
+            }
+            if self.prefetch_eight(pos, !there, contents, granted, role) {
+                return Flush::NONE;
+            }
         }
-        let start = pos.index() & !(PREFETCH - 1);
-        let there = self.arena[pos.page()].used[start / 64] >> (start % 64);
-        let first = (there as u8).trailing_ones() as usize;
-        let gpte = self.memory.host.words_in(contents)[(start + first) % ENTRIES];
-        first < PREFETCH && gpte & (PT_P | PT_A) == PT_P | PT_A
+        self.prefetch_group(pos, contents, granted, role)
     }
 
-    /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
-    /// (`FNAME(pte_prefetch)`, 6.1).
+    /// The same for a group of KVM's size of which those in a set are empty and all others present, as far as all is plain:
+    /// whether that was to its end. A function of its own, so that what its loop needs stays in registers.
     #[inline(never)]
-    pub(crate) fn prefetch_group(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+    fn prefetch_eight(&mut self, pos: SptePos, empty: u8, contents: Contents, granted: Access, role: &CpuRole) -> bool {
+        let guest = Guest { contents, granted, role };
+        let (index, block) = (pos.index() % 64, SptePos(pos.0 & !63));
+        // The faulting entry is there, or its list grew too long and it has to fault again.
+        let empty = u64::from(empty) << (index & !(PREFETCH - 1)) & !(1 << index);
+        !self.events.wants(EventKind::SetSpte) && matches!(self.prefetch_alike(block, empty, guest), None | Some(0))
+    }
+
+    /// The same for a group of any size, and whatever its entries are.
+    #[inline(never)]
+    fn prefetch_group(&mut self, pos: SptePos, contents: Contents, granted: Access, role: &CpuRole) -> Flush {
+        let guest = Guest { contents, granted, role };
         let (id, mut owed) = (pos.page(), Flush::NONE);
         let width = self.prefetch_width(id);
         let first = pos.index() & !(width - 1);
         let bytes = guest.role.mode.entry_bytes;
         let half = if bytes == 4 { self.arena[id].role.quadrant() } else { 0 };
+        let plain = bytes == 8 && !self.events.wants(EventKind::SetSpte);
         let (mut index, end) = (first, first + width);
         while index < end {
-            index = self.prefetch_run(pos, index..end, guest, &mut owed);
+            if plain {
+                index = self.prefetch_run(pos, index..end, guest);
+            }
             let at = id.entry(index % ENTRIES);
             if index == end || at == pos || self.spte(at).present() {
                 index += 1;
@@ -156,88 +177,78 @@ impl Shadow {
         owed
     }
 
-    /// The same as far as all is plain. Returns the entry where it is not so, or the end. It raises no events, and leaves
-    /// tables with small entries alone.
-    #[inline]
-    fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>, owed: &mut Flush) -> usize {
-        let (id, end) = (pos.page(), indexes.end);
-        let mut index = indexes.start;
-        if guest.role.mode.entry_bytes != 8 || self.events.wants(EventKind::SetSpte) {
-            return index;
+    /// The same as far as all is plain. Returns the entry where it is not so, or the end.
+    fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>) -> usize {
+        let (mut index, end) = (indexes.start, indexes.end);
+        while index < end {
+            let (word, mut stop) = (index / 64 % (ENTRIES / 64), end.min((index | 63) + 1));
+            if self.has_mmio {
+                let sptes = self.arena.sptes(pos.page());
+                let absent = |index: &usize| sptes[index % ENTRIES] != 0 && !Spte(sptes[index % ENTRIES]).present();
+                stop = (index..stop).find(absent).unwrap_or(stop);
+                if stop == index {
+                    return index;
+                }
+            }
+            let mut empty = !self.arena[pos.page()].used[word] & (!0 >> (64 - (stop - index)) << (index % 64));
+            if pos.index() / 64 == word {
+                empty &= !(1 << (pos.index() % 64));
+            }
+            match self.prefetch_alike(pos.page().entry(word * 64), empty, guest) {
+                None => return end,
+                Some(0) => index = stop,
+                Some(left) => {
+                    index = word * 64 + left.trailing_zeros() as usize;
+                    if left == empty {
+                        return index;
+                    }
+                }
+            }
         }
-        let (marks, usable) = (PT_P | PT_A, PT_P | PT_A | guest.role.reserved[1][0]);
-        loop {
-            // Past what is there already, to the first frame: the others are expected around it.
-            let sptes = self.arena.sptes(id);
-            while index < end && (index == pos.index() || Spte(sptes[index % ENTRIES]).present()) {
-                index += 1;
-            }
-            if index == end {
-                return end;
-            }
-            let gpte = self.memory.host.words_in(guest.contents)[index % ENTRIES];
-            if gpte & usable != marks {
-                return if sptes[index % ENTRIES] == 0 { end } else { index };
-            }
-            let stopped = self.prefetch_alike(pos, index..end, Gpte(gpte), guest, owed);
-            if stopped == index {
-                return index;
-            }
-            index = stopped;
-        }
+        end
     }
 
-    /// Makes leaves of entries that are like the first but for the frame, all of one region of 2 MiB. Returns where that
-    /// ends, or something else is to be done.
+    /// The same for empty entries among the 64 from `at` on, those in the set `all`, as long as they are like the first but for
+    /// the frame, which is of the same region of 2 MiB and mapped by nobody yet. Returns those that are left; `None` if the
+    /// guest's entry ends it all.
     #[inline(always)]
-    fn prefetch_alike(
-        &mut self,
-        pos: SptePos,
-        indexes: Range<usize>,
-        first: Gpte,
-        guest: Guest<'_>,
-        owed: &mut Flush,
-    ) -> usize {
-        let access = first.protect_clean(guest.granted.and(first.access()));
-        let (id, mut index) = (pos.page(), indexes.start);
-        // One word of the set of entries at a time.
-        let (word, end) = (index / 64 % (ENTRIES / 64), indexes.end.min((index | 63) + 1));
-        let page = self.arena.page_mut(id);
-        let Some(mut near) = self.memory.near(first.gfn()).filter(Near::is_whole) else { return index };
-        let words = &near.host.words_in(guest.contents)[index..end];
-        let entries = page.sptes[index..end].iter_mut().zip(&mut page.shadowed[index..end]).zip(words);
-        // The leaf of frame 0 of the region; those of the others differ in their address bits.
-        let bits = leaf_bits(Gfn(first.gfn().0 & !(ENTRIES as u64 - 1)), access);
-        let (mut made, mut count, mut grown) = (0_u64, 0, None);
-        for ((spte, shadowed), gpte) in entries {
-            // All but the frame's place in its region must be the same.
-            if (gpte ^ first.0) & !((ENTRIES as u64 - 1) << 12) != 0 {
-                break;
-            }
-            if *spte == 0 && index != pos.index() {
-                let gfn = Gpte(*gpte).gfn();
-                let Some(frame) = near.plain_frame_here(gfn, access) else { break };
-                let before = self.lists.add(&mut frame.rmap, id.entry(index));
-                *spte = bits | gpte & (ENTRIES as u64 - 1) << 12;
-                *shadowed = gfn.0 << 3 | u64::from(access.0);
-                made |= 1 << (index % 64);
-                count += 1;
-                if before > 0 {
-                    grown = Some((gfn, before));
-                    index += 1;
-                    break;
-                }
-            } else if index != pos.index() && !Spte(*spte).present() {
-                break;
-            }
-            index += 1;
+    fn prefetch_alike(&mut self, at: SptePos, all: u64, guest: Guest<'_>) -> Option<u64> {
+        /// The address bits of a frame's place in its region.
+        const PLACE: u64 = (ENTRIES as u64 - 1) << 12;
+        let mut empty = all;
+        if empty == 0 {
+            return Some(0);
         }
-        page.used[word] |= made;
+        let block = at.index() / 64;
+        let gptes = &self.memory.host.words_in(guest.contents).as_chunks::<64>().0[block];
+        let first = Gpte(gptes[empty.trailing_zeros() as usize % 64]);
+        if first.0 & (PT_P | PT_A | guest.role.reserved[1][0]) != PT_P | PT_A {
+            return None;
+        }
+        let access = first.protect_clean(guest.granted.and(first.access()));
+        let Some(mut near) = self.memory.near(first.gfn()).filter(Near::is_whole) else { return Some(all) };
+        let page = self.arena.block_mut(at);
+        let gptes = &near.host.words_in(guest.contents).as_chunks::<64>().0[block];
+        // What frame 0 of the region has; the others differ in their place.
+        let region = Gfn(first.gfn().0 & !(ENTRIES as u64 - 1));
+        let (bits, from) = (leaf_bits(region, access), region.0 << 3 | u64::from(access.0));
+        let mut count = 0;
+        while empty != 0 {
+            let index = empty.trailing_zeros() as usize % 64;
+            let place = gptes[index] & PLACE;
+            if gptes[index] & !PLACE != first.0 & !PLACE {
+                break;
+            }
+            let Some(frame) = near.free_frame_here(Gfn(region.0 | place >> 12), access) else { break };
+            frame.rmap = RmapHead::one(SptePos(at.0 + index as u32));
+            page.sptes[index] = bits | place;
+            page.shadowed[index] = from | place >> 9;
+            count += 1;
+            empty &= empty - 1;
+        }
+        *page.used |= all ^ empty;
         self.counters.pages_4k += count;
         self.counters.x_prefetched += count;
-        if let Some((gfn, before)) = grown {
-            *owed += self.rmap_grew(gfn, Level::PT, before);
-        }
-        index
+        Some(empty)
     }
 }

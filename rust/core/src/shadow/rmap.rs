@@ -41,12 +41,16 @@ const fn shape(head: RmapHead) -> Shape {
     }
 }
 
-const fn one(pos: SptePos) -> RmapHead {
-    RmapHead(pos.0 << 1 | 1)
-}
-
 const fn chain(block: u32) -> RmapHead {
     RmapHead((block + 1) << 1)
+}
+
+impl RmapHead {
+    /// A list of one entry.
+    #[inline(always)]
+    pub(crate) const fn one(pos: SptePos) -> Self {
+        Self(pos.0 << 1 | 1)
+    }
 }
 
 impl ListPool {
@@ -73,7 +77,7 @@ impl ListPool {
     #[inline]
     pub fn add(&mut self, head: &mut RmapHead, pos: SptePos) -> u32 {
         if *head == RmapHead::default() {
-            *head = one(pos);
+            *head = RmapHead::one(pos);
             return 0;
         }
         self.add_to_some(head, pos)

@@ -6,7 +6,7 @@ use crate::guest::gpte::Gpte;
 use crate::memory::Slot;
 use crate::mode::Mode;
 use crate::shadow::make::Leaf;
-use crate::shadow::page::{Bitmap, PageMut, bits};
+use crate::shadow::page::{Bitmap, bits};
 use crate::shadow::spte::{HOST_WRITABLE, SHADOW_PRESENT, Spte};
 use crate::shadow::zap::ZapList;
 use crate::shadow::{Flush, Shadow};
@@ -144,7 +144,7 @@ impl Shadow {
                 reserved: role.reserved[1][0],
                 marks: if self.config.kernel.sync_keeps_unchanged { 0 } else { PT_A | PT_D },
             };
-            let PageMut { sptes, shadowed, .. } = self.arena.page_mut(id);
+            let (sptes, shadowed) = self.arena.page_mut(id);
             let host = &self.memory.host;
             (rest, flush) = if bytes == 8 {
                 keep.all(&used, sptes, shadowed, |first| host.block_in(contents, first))

@@ -158,8 +158,7 @@ impl Shadow {
         let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
         self.indirect_pages += 1;
         let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
-        change_shadow_counts(slot, gfn, level, true);
-        let heads = slot.rmaps_of(gfn);
+        let heads = change_shadow_counts(slot, gfn, level, true);
         Flush::when(self.write_protect_lists(heads, true))
     }
 
@@ -173,10 +172,10 @@ impl Shadow {
     }
 }
 
-/// A page of `level` begins or ends to shadow a frame of the slot.
+/// A page of `level` begins or ends to shadow a frame of the slot. Returns the lists of leaves that map it.
 #[inline(always)]
-fn change_shadow_counts(slot: &mut Slot, gfn: Gfn, level: Level, begin: bool) {
-    let (frame, two, one) = slot.shadow_counts_mut(gfn);
+fn change_shadow_counts(slot: &mut Slot, gfn: Gfn, level: Level, begin: bool) -> [RmapHead; 3] {
+    let (frame, (rmap_2m, two), (rmap_1g, one)) = slot.shadow_counts_mut(gfn);
     let upper = u16::from(level > Level::PT);
     if begin {
         *two += 1;
@@ -189,4 +188,5 @@ fn change_shadow_counts(slot: &mut Slot, gfn: Gfn, level: Level, begin: bool) {
         frame.tables -= 1;
         frame.track -= upper;
     }
+    [frame.rmap, rmap_2m, rmap_1g]
 }

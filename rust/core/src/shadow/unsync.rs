@@ -34,6 +34,7 @@ impl Shadow {
     }
 
     /// The same for a frame that is not write-tracked.
+    #[inline(never)]
     pub(crate) fn unsync_tables(&mut self, gfn: Gfn, can_unsync: bool, prefetch: bool) -> bool {
         let mut at = self.arena.chain_first(gfn);
         while let Some(id) = at {
@@ -54,6 +55,7 @@ impl Shadow {
         true
     }
 
+    #[inline(always)]
     fn policy_allows_unsync(&mut self, id: PageId) -> bool {
         let Self { policy, arena, .. } = self;
         policy.may_unsync(|| page_view(arena, id))
@@ -96,7 +98,7 @@ impl Shadow {
     }
 
     /// Marks one entry of a page, and its ways up if it is the page's first (`mark_unsync`, 6.1).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn mark_entry_unsync(&mut self, id: PageId, index: usize) {
         let page = &mut self.arena[id];
         let (word, bit) = (&mut page.unsync_bitmap[index / 64], 1 << (index % 64));
