@@ -2,7 +2,7 @@
 //! may write, with no table in them and no log of writes. It comes to the same as `make`, which does all others.
 
 use crate::bits::{PT_A, PT_D, PT_NX, PT_P, PT_U, PT_W};
-use crate::config::PREFETCH;
+use crate::config::{PREFETCH, RMAP_RECYCLE};
 use crate::cpu::CpuRole;
 use crate::events::EventKind;
 use crate::guest::gpte::Gpte;
@@ -142,7 +142,9 @@ impl Shadow {
         let (index, block) = (pos.index() % 64, SptePos(pos.0 & !63));
         // The faulting entry is there, or its list grew too long and it has to fault again.
         let empty = u64::from(empty) << (index & !(PREFETCH - 1)) & !(1 << index);
-        !self.events.wants(EventKind::SetSpte) && matches!(self.prefetch_alike(block, empty, guest), None | Some(0))
+        let mut none = Flush::NONE;
+        !self.events.wants(EventKind::SetSpte)
+            && matches!(self.prefetch_alike::<false>(block, empty, guest, &mut none), None | Some(0))
     }
 
     /// The same for a group of any size, and whatever its entries are.
@@ -158,7 +160,7 @@ impl Shadow {
         let (mut index, end) = (first, first + width);
         while index < end {
             if plain {
-                index = self.prefetch_run(pos, index..end, guest);
+                index = self.prefetch_run(pos, index..end, guest, &mut owed);
             }
             let at = id.entry(index % ENTRIES);
             if index == end || at == pos || self.spte(at).present() {
@@ -178,7 +180,7 @@ impl Shadow {
     }
 
     /// The same as far as all is plain. Returns the entry where it is not so, or the end.
-    fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>) -> usize {
+    fn prefetch_run(&mut self, pos: SptePos, indexes: Range<usize>, guest: Guest<'_>, owed: &mut Flush) -> usize {
         let (mut index, end) = (indexes.start, indexes.end);
         while index < end {
             let (word, mut stop) = (index / 64 % (ENTRIES / 64), end.min((index | 63) + 1));
@@ -194,7 +196,7 @@ impl Shadow {
             if pos.index() / 64 == word {
                 empty &= !(1 << (pos.index() % 64));
             }
-            match self.prefetch_alike(pos.page().entry(word * 64), empty, guest) {
+            match self.prefetch_alike::<true>(pos.page().entry(word * 64), empty, guest, owed) {
                 None => return end,
                 Some(0) => index = stop,
                 Some(left) => {
@@ -209,10 +211,16 @@ impl Shadow {
     }
 
     /// The same for empty entries among the 64 from `at` on, those in the set `all`, as long as they are like the first but for
-    /// the frame, which is of the same region of 2 MiB and mapped by nobody yet. Returns those that are left; `None` if the
-    /// guest's entry ends it all.
+    /// the frame, which is of the same region of 2 MiB and, unless `SHARED`, mapped by nobody yet. Returns those that are left;
+    /// `None` if the guest's entry ends it all.
     #[inline(always)]
-    fn prefetch_alike(&mut self, at: SptePos, all: u64, guest: Guest<'_>) -> Option<u64> {
+    fn prefetch_alike<const SHARED: bool>(
+        &mut self,
+        at: SptePos,
+        all: u64,
+        guest: Guest<'_>,
+        owed: &mut Flush,
+    ) -> Option<u64> {
         /// The address bits of a frame's place in its region.
         const PLACE: u64 = (ENTRIES as u64 - 1) << 12;
         let mut empty = all;
@@ -232,15 +240,23 @@ impl Shadow {
         // What frame 0 of the region has; the others differ in their place.
         let region = Gfn(first.gfn().0 & !(ENTRIES as u64 - 1));
         let (bits, from) = (leaf_bits(region, access), region.0 << 3 | u64::from(access.0));
-        let mut count = 0;
-        while empty != 0 {
+        // The longest list that grew, and the frame whose list grew last.
+        let (mut count, mut longest, mut last) = (0, 0, region);
+        while empty != 0 && longest <= RMAP_RECYCLE {
             let index = empty.trailing_zeros() as usize % 64;
             let place = gptes[index] & PLACE;
             if gptes[index] & !PLACE != first.0 & !PLACE {
                 break;
             }
-            let Some(frame) = near.free_frame_here(Gfn(region.0 | place >> 12), access) else { break };
-            frame.rmap = RmapHead::one(SptePos(at.0 + index as u32));
+            let (gfn, pos) = (Gfn(region.0 | place >> 12), SptePos(at.0 + index as u32));
+            if SHARED {
+                let Some(frame) = near.plain_frame_here(gfn, access) else { break };
+                longest = longest.max(self.lists.add(&mut frame.rmap, pos));
+                last = gfn;
+            } else {
+                let Some(frame) = near.free_frame_here(gfn, access) else { break };
+                frame.rmap = RmapHead::one(pos);
+            }
             page.sptes[index] = bits | place;
             page.shadowed[index] = from | place >> 9;
             count += 1;
@@ -249,6 +265,7 @@ impl Shadow {
         *page.used |= all ^ empty;
         self.counters.pages_4k += count;
         self.counters.x_prefetched += count;
+        *owed += self.rmap_grew(last, Level::PT, longest);
         Some(empty)
     }
 }
