@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import numpy as np
@@ -271,3 +272,44 @@ def test_numbers_of_numpy_are_numbers() -> None:
     vm.write_memory(address, np.arange(4, dtype=np.uint8))
     assert vm.read_memory(address, 4) == bytes(range(4))
     assert vm.vcpus[0].read(address, size=4).value == 0x0302_0100
+
+
+def test_a_device_that_became_a_page_directory_is_written_unseen() -> None:
+    """An MMIO entry with W stays writable when memory takes its place (make_spte, 6.1), even of a write-tracked frame.
+
+    Stores through it cause no exit; KVM walks the guest's tables at each fault, and sees them.
+    """
+    vm = sk.Vm(memory=16 << 20)
+
+    def put(gpa: int, value: int) -> None:
+        vm.write_memory(gpa, value.to_bytes(8, "little"))
+
+    for gpa, value in {0x1000: 0x2067, 0x2000: 0x3067, 0x3000: 0x4067, 0x4400: 0x1_0000_0067}.items():
+        put(gpa, value)
+    for page in range(32):
+        put(0x5000 + 8 * page, (0x100 + page) << 12 | 0x67)
+        put(0x6000 + 8 * page, (0x200 + page) << 12 | 0x67)
+    put(0x110000, 0xAAAA)
+    put(0x210000, 0xBBBB)
+    cpu = vm.vcpus[0]
+    cpu.set_sregs(cr3=0x1000)
+    device, region = 0x80000, 1 << 30 | 1 << 21
+    assert cpu.read(device).status == "mmio"
+    vm.add_slot(1, 1 << 32, 0x10000)
+    put((1 << 32) + 8, 0x5067)
+    put(0x2008, 0x1_0000_0067)
+    cpu.read(region)
+    cpu.read(device)
+    before = cpu.counters["pf_taken"]
+    cpu.write(device + 8, 0x6067)
+    assert cpu.counters["pf_taken"] == before
+    assert cpu.read(region + 0x10000).value == 0xBBBB
+    vm.audit()
+
+
+def test_shared_host_pages_pass_the_audit() -> None:
+    vm = guest()
+    vm.set_host_pages(0x10000, 4096, "shared")
+    vm.vcpus[0].read(0x10000)
+    vm.audit()
+    assert pickle.loads(pickle.dumps(vm)).state_hash() == vm.state_hash()  # noqa: S301 -- our own

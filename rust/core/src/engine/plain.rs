@@ -56,6 +56,7 @@ impl Ctx<'_> {
         if !plainly || plain.gva.offset() + u64::from(plain.size) > 4096 {
             return Err(Rest::All);
         }
+        self.shadow.events.vcpu = self.vcpu.id;
         let end = self.walk_near(root, plain.gva);
         let leaf = self.shadow.spte(end.0);
         let write = if plain.row.is_store() && leaf.lacks_w() { self.write_to_end(*plain, end, leaf) } else { None };

@@ -123,6 +123,7 @@ impl Ctx<'_> {
         if self.vcpu.role.pke || self.has_to_stop() {
             return Rest::All;
         }
+        self.shadow.events.vcpu = self.vcpu.id;
         let rest = self.run_until_left(rows);
         self.count_hits(rows);
         rest

@@ -158,7 +158,8 @@ impl Vm {
         let mut rows = Rows { all: whole, done: 0, counted: 0, options: *options, totals: RunTotals::default(), each };
         loop {
             let rest = self.run_plain_rows(&mut rows);
-            if self.shadow.policy.failed() {
+            // A row that is half done is finished first, as `step` does.
+            if matches!(rest, Rest::All) && self.shadow.policy.failed() {
                 return Err(TraceError { index: rows.index().saturating_sub(1), reason: "the policy failed".into() });
             }
             let (Some(bytes), index) = (whole.get(rows.done), rows.index()) else { break };

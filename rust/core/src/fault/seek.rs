@@ -13,6 +13,9 @@ impl Ctx<'_> {
         if mode.pdptes || self.shadow.arena[root].level() != top || !self.is_readable(Gpte(self.vcpu.regs.cr3).gfn()) {
             return false;
         }
+        if self.shadow.memory.leaks {
+            return false;
+        }
         let mut walk = GuestWalk { level: Level::PT, ..GuestWalk::start() };
         let (mut id, mut level) = (root, top);
         let mut step = Step { table: Gpte(self.vcpu.regs.cr3).gfn(), pte: Gpte(0), access: Access::ALL };

@@ -3,8 +3,10 @@
 //! While nothing moves [`Memory::ways_epoch`](crate::memory::Memory), the upper tables of an address stay what they were:
 //! the guest's are write-tracked as long as the shadow links them, so that no store reaches them unseen. Whatever takes a
 //! link away says so: at a directory by its count of them, above by the epoch (a store that is emulated takes those of the
-//! entry that it hits). Every change of a slot, or of memory by the host, moves the epoch, too. So a fault can begin its walks at the last-level table, or at its directory. It is
-//! no part of KVM and changes nothing but the time that a fault takes.
+//! entry that it hits). Every change of a slot, or of memory by the host, moves the epoch, too. So a fault can begin its
+//! walks at the last-level table, or at its directory. It is no part of KVM and changes nothing but the time that a fault
+//! takes. In one case KVM leaves a tracked table writable (an MMIO entry that became memory, see `make_spte`): from then
+//! on no way is remembered.
 
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestWalk, Step};
@@ -47,7 +49,8 @@ impl Track {
 
     #[inline]
     fn new(region: u64, root: PageId, directory: PageId, shadow: &Shadow) -> Self {
-        Self { region, epoch: shadow.memory.ways_epoch, root, directory, unlinks: shadow.arena.unlinks(directory) }
+        let epoch = if shadow.memory.leaks { 0 } else { shadow.memory.ways_epoch };
+        Self { region, epoch, root, directory, unlinks: shadow.arena.unlinks(directory) }
     }
 
     #[inline(always)]

@@ -92,13 +92,15 @@ pub struct Memory {
     /// Moves with every change that may change the way through the tables to an address: of a slot, of contents by
     /// anybody but the guest's CPU, and, by the shadow's hand, of a link between shadow tables.
     pub ways_epoch: u64,
+    /// Some table that is write-tracked can be written without a fault, so that no way to one may be remembered.
+    pub leaks: bool,
 }
 
 impl Memory {
     /// No slots; the first `pages` frames are present and writable in the host.
     #[must_use]
     pub fn new(pages: u64) -> Self {
-        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0, ways_epoch: 1 }
+        Self { host: Host::new(pages), slots: Vec::new(), last: 0, generation: 0, ways_epoch: 1, leaks: false }
     }
 
     /// The slots, in the order of their base.
@@ -128,6 +130,12 @@ impl Memory {
             Some(slot) if slot.holds(gfn) => Some(slot),
             _ => self.slots.iter().find(|slot| slot.holds(gfn)),
         }
+    }
+
+    /// A table that is write-tracked became writable. Whatever ways are remembered end, and none is from now on.
+    #[cold]
+    pub(crate) fn leak(&mut self) {
+        (self.leaks, self.ways_epoch) = (true, self.ways_epoch + 1);
     }
 
     /// Whether a frame lies in a slot.

@@ -62,6 +62,9 @@ impl Shadow {
             let was_writable = old.writable() && (level == Level::PT || old.large());
             if was_writable {
                 bits |= PT_W | MMU_WRITABLE;
+                if old.is_mmio() && self.write_tracked(leaf.gfn) {
+                    self.memory.leak();
+                }
             } else if self.try_to_unsync(leaf.gfn, can_unsync, leaf.prefetch) {
                 bits |= PT_W | MMU_WRITABLE | PT_D;
             } else {
