@@ -94,6 +94,7 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "shadowkvm\[plot\]"'):
         as_html(comparison)
+    monkeypatch.setattr("shadowkvm.compare.verb.compare", None)  # it is not come to
     status, _, err = shell("compare", "fork_exit", "--scale", "0.05", "-o", tmp_path / "report.html")
     assert status == 2
     assert "shadowkvm[plot]" in err

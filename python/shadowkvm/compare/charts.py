@@ -13,7 +13,7 @@ import numpy as np
 from shadowkvm.compare.runs import Comparison
 from shadowkvm.compare.words import CROSSED, called, causes, spread, time_unit
 
-__all__ = ["crossover_chart", "time_chart"]
+__all__ = ["crossover_chart", "pyplot", "time_chart"]
 
 # Okabe and Ito's eight: told apart by people who see colours otherwise, too.
 _COLOURS: Final = ("#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#009e73", "#d55e00", "#999999", "#f0e442")
@@ -23,7 +23,7 @@ _POINTS: Final = 200
 _RANGES: Final = {"exit": (100, 100_000), "walk_reference": (1, 300)}
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """Matplotlib, without a window.
 
     Raises:
@@ -60,7 +60,7 @@ def _svg(plt: Any, figure: Any, prefix: str) -> str:
 
 def time_chart(comparison: Comparison) -> str:
     """Modelled time of each variant, by cause: horizontal bars, as SVG."""
-    plt = _pyplot()
+    plt = pyplot()
     runs, shown = comparison.runs, causes(comparison)
     size, unit = time_unit(max(run.account.seconds for run in runs))
     with plt.rc_context(_settings()):
@@ -85,7 +85,7 @@ def time_chart(comparison: Comparison) -> str:
 
 def crossover_chart(comparison: Comparison) -> str:
     """Modelled time of each variant over the cost of an exit and of an entry that a walk reads: lines, as SVG."""
-    plt = _pyplot()
+    plt = pyplot()
     runs, names = comparison.runs, comparison.names()
     with plt.rc_context(_settings()):
         figure, panels = plt.subplots(1, len(CROSSED), figsize=(10.5, 4.2))

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from shadowkvm._core import MODEL_VERSION
+from shadowkvm.compare.charts import pyplot
 from shadowkvm.compare.page import as_html
 from shadowkvm.compare.runs import Variant, compare
 from shadowkvm.compare.texts import as_csv, as_json, as_tables
@@ -109,6 +110,8 @@ def compare_verb(
     """
     chosen = choose_format(format_, output, ("table", "json", "csv", "html"))
     check_folder(output)
+    if chosen == "html":
+        pyplot()  # whether it is there is known before anything is run
     table = load_costs(costs)
     variants = _variants(_words(mmu), _words(policy), _words(model_version), _words(profile))
     if (policy, model_version) != ("kvm", MODEL_VERSION) and all(v.mmu.kind != "shadow" for v in variants):
