@@ -103,6 +103,17 @@ def test_bad_words(trace: Path, shell: Shell, words: list[str], status: int, mes
     assert message in err
 
 
+def test_a_policy_of_ones_own(trace: Path) -> None:
+    class Never(sk.Policy):
+        def may_unsync(self, page: sk.PageView) -> bool:
+            return False
+
+    done = compare(trace, [Variant(policy=Never()), Variant(policy="no_unsync")])
+    assert done.names() == ["Never", "no_unsync"]
+    assert done.counters()["pf_emulate"] == [6, 6]
+    assert json.loads(as_json(done))["variants"][0]["policy"] == "Never"
+
+
 def test_a_trace_under_other_mmus(trace: Path, shell: Shell) -> None:
     status, out, err = shell(
         "compare", trace, "--mmu", "shadow,nested,agile", "--policy", "kvm,no_unsync", "--format", "json"

@@ -19,6 +19,7 @@ from shadowkvm.errors import ConfigError
 from shadowkvm.mmus import Mmu
 from shadowkvm.nested import NestedStatistics
 from shadowkvm.ops import Op
+from shadowkvm.policy import Policy, described
 from shadowkvm.replay import fresh_vm, open_trace, told_of
 from shadowkvm.tlb import TlbStatistics
 from shadowkvm.trace import Recording
@@ -37,15 +38,21 @@ class Variant:
     """One way to run it. Policy and kernel are those of shadow paging, and say nothing under another MMU."""
 
     model_version: str = MODEL_VERSION
-    policy: str = "kvm"
+    policy: str | Policy = "kvm"
+    """A built-in one by its name, or one of your own: the same object is asked in every run of the variant."""
     profile: str = "zen"
     mmu: Mmu = field(default_factory=Mmu)
+
+    @property
+    def policy_name(self) -> str:
+        """What the policy is called; one of your own by its class."""
+        return described(self.policy)[0]
 
     def __str__(self) -> str:
         if self.mmu.kind != "shadow":
             return f"{self.mmu}, {self.profile}"
         return ", ".join(
-            [*([] if self.mmu == Mmu() else [str(self.mmu)]), self.model_version, self.policy, self.profile]
+            [*([] if self.mmu == Mmu() else [str(self.mmu)]), self.model_version, self.policy_name, self.profile]
         )
 
 
@@ -110,21 +117,21 @@ class Comparison:
 
     def names(self) -> list[str]:
         """What tells the variants apart: MMU, then the settings of shadow paging in which they differ."""
-        fields = [field for field in ("model_version", "policy") if len(_values(self.shadow_runs, field)) > 1]
+        fields = [field for field in ("model_version", "policy_name") if len(_values(self.shadow_runs, field)) > 1]
         profiles = ["profile"] if len(_values(self.runs, "profile")) > 1 else []
         mixed = len({run.variant.mmu for run in self.runs}) > 1
         out = []
         for run in self.runs:
             words = [str(run.variant.mmu)] if mixed else []
             words += [getattr(run.variant, field) for field in (fields if run.nested is None else []) + profiles]
-            out.append(" ".join(words) or (run.variant.policy if run.nested is None else str(run.variant.mmu)))
+            out.append(" ".join(words) or (run.variant.policy_name if run.nested is None else str(run.variant.mmu)))
         return out
 
     def common(self) -> str:
         """The settings that are the same everywhere."""
         shadow = [
             values.pop()
-            for field in ("model_version", "policy")
+            for field in ("model_version", "policy_name")
             if len(values := _values(self.shadow_runs, field)) == 1
         ]
         profiles = _values(self.runs, "profile")

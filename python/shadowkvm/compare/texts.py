@@ -132,7 +132,7 @@ def as_json(comparison: Comparison) -> str:
 
 def _variant(run: Ran) -> dict[str, Any]:
     variant = run.variant
-    shadow = {"model_version": variant.model_version, "policy": variant.policy} if run.nested is None else {}
+    shadow = {"model_version": variant.model_version, "policy": variant.policy_name} if run.nested is None else {}
     return {
         "mmu": str(variant.mmu),
         **shadow,
