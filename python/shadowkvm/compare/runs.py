@@ -24,7 +24,7 @@ from shadowkvm.replay import fresh_vm, open_trace, told_of
 from shadowkvm.tlb import TlbStatistics
 from shadowkvm.trace import Recording
 from shadowkvm.vm import Vm
-from shadowkvm.workloads import START, Scenario, Step
+from shadowkvm.workloads import START, Scenario, Step, rows_by_op
 
 __all__ = ["Comparison", "Progress", "Ran", "Variant", "compare"]
 
@@ -227,10 +227,6 @@ def _run_scenario(
 
     result = scenario.run(vm, each=each, progress=lambda done, total: progress(done / total if total else 1.0))
     phases = [phase for name, phase in result.phases.items() if not (steady and name == START)]
-    ops: dict[str, int] = {}
-    for phase in phases:
-        for name, count in phase.ops.items():
-            ops[name] = ops.get(name, 0) + count
     about = {
         **scenario.to_dict(),
         "name": scenario.workload.name,
@@ -239,7 +235,7 @@ def _run_scenario(
         "rows": sum(phase.rows for phase in phases),
         "steady": steady,
     }
-    return about, _ran(_Counts.of(vm) - left_out, variant, table, ops, result.mismatches)
+    return about, _ran(_Counts.of(vm) - left_out, variant, table, rows_by_op(phases), result.mismatches)
 
 
 def _run_trace(path: Path | str, variant: Variant, table: CostTable, progress: Progress) -> tuple[dict[str, Any], Ran]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from shadowkvm.workloads.parameter import Parameter, Values
 from shadowkvm.workloads.registry import GROUP, Entry, entries, get
-from shadowkvm.workloads.scenario import Phase, Scenario, ScenarioResult
+from shadowkvm.workloads.scenario import Phase, Scenario, ScenarioResult, rows_by_op
 from shadowkvm.workloads.step import START, HostAct, Step
 from shadowkvm.workloads.workload import GUEST_PARAMETERS, Workload
 
@@ -35,4 +35,5 @@ __all__ = [
     "Workload",
     "entries",
     "get",
+    "rows_by_op",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from shadowkvm.workloads.step import Step
 if TYPE_CHECKING:
     from shadowkvm.workloads.workload import Workload
 
-__all__ = ["Phase", "Scenario", "ScenarioResult"]
+__all__ = ["Phase", "Scenario", "ScenarioResult", "rows_by_op"]
 
 Progress = Callable[[float, float], None]
 
@@ -236,6 +236,15 @@ def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> Counters:
     )
 
 
+def rows_by_op(phases: Iterable[Phase]) -> dict[str, int]:
+    """The rows of several phases by op."""
+    out: dict[str, int] = {}
+    for phase in phases:
+        for name, count in phase.ops.items():
+            out[name] = out.get(name, 0) + count
+    return out
+
+
 @dataclass(slots=True)
 class ScenarioResult:
     """What `Scenario.run` came to."""
@@ -265,11 +274,7 @@ class ScenarioResult:
     @property
     def ops(self) -> dict[str, int]:
         """Rows by op."""
-        out: dict[str, int] = {}
-        for phase in self.phases.values():
-            for name, count in phase.ops.items():
-                out[name] = out.get(name, 0) + count
-        return out
+        return rows_by_op(self.phases.values())
 
     @property
     def units(self) -> float:
