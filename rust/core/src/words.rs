@@ -232,33 +232,6 @@ pub(crate) mod maybe_list {
     }
 }
 
-/// A list of which most is not there: its length, and what is there with its place.
-pub(crate) mod sparse {
-    use super::{Deserialize, Deserializer, Error, MAX_WORDS, Serialize, Serializer};
-
-    pub(crate) fn serialize<T: Serialize, S: Serializer>(all: &[Option<Box<T>>], to: S) -> Result<S::Ok, S::Error> {
-        let there = all.iter().enumerate().filter_map(|(at, one)| Some((at as u64, one.as_deref()?)));
-        (all.len() as u64, there.collect::<Vec<_>>()).serialize(to)
-    }
-
-    pub(crate) fn deserialize<'de, T, D>(from: D) -> Result<Vec<Option<Box<T>>>, D::Error>
-    where
-        T: Deserialize<'de>,
-        D: Deserializer<'de>,
-    {
-        let (count, there) = <(u64, Vec<(u64, Box<T>)>)>::deserialize(from)?;
-        if count > MAX_WORDS || there.iter().any(|(at, _)| *at >= count) {
-            return Err(D::Error::custom("a place beyond the end of its list"));
-        }
-        let mut all = Vec::new();
-        all.resize_with(count as usize, || None);
-        for (at, one) in there {
-            all[at as usize] = Some(one);
-        }
-        Ok(all)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

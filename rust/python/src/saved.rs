@@ -14,7 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const MAGIC: &[u8] = b"shadowkvm state\n";
 /// Moves with every change of what is serialised, its order or its types; tests/unit/test_pickle.py notices one.
-const SCHEMA: u16 = 2;
+const SCHEMA: u16 = 3;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CHECKSUM_BYTES: usize = 4;
 

@@ -6,17 +6,16 @@ use crate::shadow::page::Page;
 use crate::types::{Gfn, Level, SptePos};
 use rustc_hash::FxHashMap;
 
-/// Frames of one 2 MiB region, and regions of one 1 GiB region, as a shift.
+/// Frames of one 2 MiB region, as a shift.
 const REGION: u32 = 9;
 
 /// What valid pages with gptes add up to, by frame and region.
 #[derive(Default)]
 struct Shadowed {
-    /// Pages above level 1 of a frame.
-    upper: FxHashMap<Gfn, u32>,
-    /// Pages of any level in a region of one slot: slot number, first frame of the region.
-    two: FxHashMap<(u16, u64), u32>,
-    one: FxHashMap<(u16, u64), u32>,
+    /// Pages above level 1, and of any level, of a frame.
+    frames: FxHashMap<Gfn, (u32, u32)>,
+    /// Pages of any level in a region, by its number.
+    regions: FxHashMap<u64, u32>,
 }
 
 impl Audit<'_> {
@@ -32,14 +31,13 @@ impl Audit<'_> {
         let shadow = self.shadow;
         for id in self.live.clone() {
             let page = &shadow.arena[id];
-            let Some(slot) = shadow.memory.slot(page.gfn).filter(|_| self.is_valid(id) && page.has_gptes()) else {
+            if !self.is_valid(id) || !page.has_gptes() || !shadow.memory.has_slot(page.gfn) {
                 continue;
-            };
-            if page.level() > Level::PT {
-                *real.upper.entry(page.gfn).or_default() += 1;
             }
-            *real.two.entry((slot.id, page.gfn.0 >> REGION)).or_default() += 1;
-            *real.one.entry((slot.id, page.gfn.0 >> (2 * REGION))).or_default() += 1;
+            let (upper, any) = real.frames.entry(page.gfn).or_default();
+            *upper += u32::from(page.level() > Level::PT);
+            *any += 1;
+            *real.regions.entry(page.gfn.0 >> REGION).or_default() += 1;
         }
         for slot in shadow.memory.slots() {
             let end = slot.base.0 + slot.pages;
@@ -53,26 +51,24 @@ impl Audit<'_> {
     }
 
     fn check_region(&mut self, slot: &Slot, frames: std::ops::Range<Gfn>, real: &Shadowed) {
-        let first = frames.start;
-        let key = |shift: u32| (slot.id, first.0 >> shift);
-        let two = real.two.get(&key(REGION)).copied().unwrap_or(0);
-        let one = real.one.get(&key(2 * REGION)).copied().unwrap_or(0);
-        let noted = slot.disallow(first);
-        self.expect(noted == (two, one), |_| {
-            format!(
-                "slot {}, gfn {first:#x}: {two} and {one} pages forbid a leaf of 2 MiB and 1 GiB, noted are {} and {}",
-                slot.id, noted.0, noted.1
-            )
+        let (first, memory) = (frames.start, &self.shadow.memory);
+        let tables = real.regions.get(&(first.0 >> REGION)).copied().unwrap_or(0);
+        let noted = memory.disallow_2m(first);
+        self.expect(noted == tables, |_| {
+            format!("gfn {first:#x}: {tables} pages forbid a leaf of 2 MiB around it, noted are {noted}")
         });
-        if slot.region(first).is_none() && two == 0 {
-            return; // no bookkeeping was ever made here, and none is due
-        }
+        let open = slot.covers(first, Level::PD) && !slot.readonly && !slot.logs_dirty();
+        self.expect(open || !memory.is_open(first), |_| {
+            format!("the region of gfn {first:#x} is taken for one that its slot lets the guest write as it likes")
+        });
         for gfn in (frames.start.0..frames.end.0).map(Gfn) {
-            let upper = real.upper.get(&gfn).copied().unwrap_or(0);
-            let noted = u32::from(slot.track(gfn));
+            let (upper, any) = real.frames.get(&gfn).copied().unwrap_or_default();
+            let books = memory.books(gfn);
+            let (noted, all) = (u32::from(books.track), u32::from(books.tables));
             self.expect(noted == upper, |_| {
                 format!("gfn {gfn:#x} is shadowed by {upper} pages above level 1, but its write-track count is {noted}")
             });
+            self.expect(all == any, |_| format!("gfn {gfn:#x} is shadowed by {any} pages, noted are {all}"));
         }
     }
 

@@ -13,7 +13,7 @@ impl Audit<'_> {
         let mut listed: FxHashMap<SptePos, u32> = FxHashMap::default();
         let shadow = self.shadow;
         for slot in shadow.memory.slots() {
-            for (gfn, level, head) in slot.rmaps() {
+            for (gfn, level, head) in shadow.memory.rmaps(slot) {
                 for pos in shadow.lists.iter(head).take(self.entries()) {
                     *listed.entry(pos).or_default() += 1;
                     let right = self.is_live(pos.page()) && {

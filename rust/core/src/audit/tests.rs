@@ -38,8 +38,7 @@ fn guest() -> Vm {
 }
 
 fn leaf(vm: &Vm, gfn: u64) -> SptePos {
-    let slot = vm.shadow.memory.slot(Gfn(gfn)).unwrap();
-    vm.shadow.lists.first(slot.rmap(Gfn(gfn), Level::PT)).unwrap()
+    vm.shadow.lists.first(vm.shadow.memory.rmap(Gfn(gfn), Level::PT)).unwrap()
 }
 
 /// Changes the entry that maps a frame, and nothing else.
@@ -60,7 +59,7 @@ fn finds(harm: impl FnOnce(&mut Vm), expected: &str) {
 fn broken_lists_are_found() {
     let unlist = |vm: &mut Vm, times: usize| {
         let pos = leaf(vm, 0x100);
-        let head = vm.shadow.memory.slot_mut(Gfn(0x100)).unwrap().rmap_mut(Gfn(0x100), Level::PT);
+        let head = vm.shadow.memory.rmap_mut(Gfn(0x100), Level::PT).unwrap();
         if times == 0 { vm.shadow.lists.remove(head, pos) } else { _ = vm.shadow.lists.add(head, pos) }
     };
     finds(|vm| unlist(vm, 0), "maps gfn 0x100 and is in rmaps 0 times");
@@ -112,10 +111,13 @@ fn broken_counts_are_found() {
     finds(|vm| vm.shadow.counters.nx_lpage_splits += 1, "nx_lpage_splits: 0 are there");
     finds(|vm| vm.shadow.used_pages -= 1, "used pages: 5 are there, 4 are counted");
     finds(|vm| vm.shadow.indirect_pages += 1, "pages with gptes: 5 are there");
-    finds(|vm| vm.shadow.memory.slot_mut(Gfn(3)).unwrap().frame_mut(Gfn(3)).track = 0, "write-track count is 0");
-    finds(|vm| vm.shadow.memory.slot_mut(Gfn(9)).unwrap().frame_mut(Gfn(9)).track = 1, "write-track count is 1");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).1.1 = 4, "noted are 4 and 5");
-    finds(|vm| *vm.shadow.memory.slot_mut(Gfn(3)).unwrap().shadow_counts_mut(Gfn(3)).2.1 = 0, "noted are 5 and 0");
+    finds(|vm| vm.shadow.memory.books_mut(Gfn(3)).unwrap().track = 0, "write-track count is 0");
+    finds(|vm| vm.shadow.memory.books_mut(Gfn(9)).unwrap().track = 1, "write-track count is 1");
+    let counted = |vm: &mut Vm, begins| vm.shadow.memory.count_table(Gfn(5), false, begins);
+    finds(|vm| assert_eq!(counted(vm, true)[1].0, 0), "noted are 6");
+    finds(|vm| assert_eq!(counted(vm, false)[1].0, 0), "is shadowed by 1 pages, noted are 0");
+    let readonly = |vm: &mut Vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().readonly = true;
+    finds(readonly, "lets the guest write as it likes");
 }
 
 #[test]
@@ -126,7 +128,7 @@ fn broken_leaves_are_found() {
     finds(|vm| change(vm, 0x100, 0, PT_U), "has the rights w-x but was made from wux");
     finds(|vm| vm.shadow.memory.host.set_state(Gfn(0x100), HostState::Absent), "which is Absent");
     finds(|vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().readonly = true, "in read-only slot 0");
-    finds(|vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().set_dirty_log(true, false), "is not in the dirty log");
+    finds(|vm| vm.shadow.memory.set_dirty_log(0, true, false).unwrap(), "is not in the dirty log");
     finds(|vm| vm.shadow.memory.remove_slot(0), "outside the memslots");
     // 3000 is a directory, 4000 a table in step: both are mapped read-only beside 5000, which is out of step.
     finds(|vm| change(vm, 3, writable, 0), "maps gfn 0x3, shadowed by page 2");

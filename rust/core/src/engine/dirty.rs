@@ -33,13 +33,13 @@ impl Vm {
     /// The slot does not exist.
     pub fn set_dirty_log(&mut self, slot: u16, on: bool) -> Result<(), ConfigError> {
         let initially_set = self.shadow.manual_dirty.initially_set;
-        let memslot = self.shadow.memory.slot_by_id(slot)?;
+        let memslot = self.shadow.memory.slot_by_id(slot)?.clone();
         if memslot.logs_dirty() == on {
             return Ok(());
         }
-        memslot.set_dirty_log(on, initially_set);
+        self.shadow.memory.set_dirty_log(slot, on, initially_set)?;
         let readonly = memslot.readonly;
-        let heads: Vec<_> = memslot.rmaps().map(|(_, _, head)| head).collect();
+        let heads: Vec<_> = self.shadow.memory.rmaps(&memslot).map(|(_, _, head)| head).collect();
         // A change of flags is a new generation, so MMIO entries become stale (11.5 of the specification).
         self.shadow.memory.generation += ADDRESS_SPACES;
         let mut flush = self.shadow.memslots_changed();
@@ -101,10 +101,7 @@ impl Vm {
     /// Small leaves of these frames lose W; one flush if there are any frames.
     fn protect_again(&mut self, frames: &[Gfn]) {
         for gfn in frames {
-            let head = self.shadow.memory.slot(*gfn).map(|slot| slot.rmap(*gfn, Level::PT));
-            if let Some(head) = head {
-                self.shadow.write_protect_list(head, false);
-            }
+            self.shadow.write_protect_list(self.shadow.memory.rmap(*gfn, Level::PT), false);
         }
         self.pay_all(Flush::when(!frames.is_empty()));
     }
@@ -117,10 +114,7 @@ impl Vm {
         for first in regions {
             let Some(gfn) = frames.iter().find(|gfn| gfn.round(Level::PD) == first) else { continue };
             for level in [Level::PD, Level::PDPT] {
-                let head = self.shadow.memory.slot(*gfn).map(|slot| slot.rmap(*gfn, level));
-                if let Some(head) = head {
-                    self.shadow.write_protect_list(head, true);
-                }
+                self.shadow.write_protect_list(self.shadow.memory.rmap(*gfn, level), true);
             }
         }
     }

@@ -29,7 +29,7 @@ impl Vm {
         let maxphyaddr = self.shadow.config.cpu.maxphyaddr;
         self.shadow.memory.add_slot(slot, gpa, size, readonly, maxphyaddr)?;
         let initially_set = self.shadow.manual_dirty.initially_set;
-        self.shadow.memory.slot_by_id(slot)?.set_dirty_log(dirty_log, initially_set);
+        self.shadow.memory.set_dirty_log(slot, dirty_log, initially_set)?;
         let flush = self.shadow.memslots_changed();
         self.pay_all(flush);
         self.default_quota();

@@ -51,7 +51,7 @@ impl SavedVm {
         let named = roots.flat_map(Root::pages).chain(shadow.unsync_queue.iter().copied());
         unless(named.into_iter().all(|id| (id.0 as usize) < shadow.arena.capacity()), "a root beyond the last page")?;
         let parents = shadow.arena.live().into_iter().map(|id| shadow.arena[id].parents);
-        let mapped = shadow.memory.slots().iter().flat_map(|slot| slot.rmaps().map(|(_, _, head)| head));
+        let mapped = shadow.memory.slots().iter().flat_map(|slot| shadow.memory.rmaps(slot).map(|(_, _, head)| head));
         let limit = shadow.arena.capacity();
         let leads = |head| {
             shadow.lists.has(head)
@@ -96,8 +96,7 @@ mod tests {
         refuses(|s| s.vcpus[0].root = Root { top: Top::Page(PageId(7)), pgd: 0 }, "beyond the last page");
         refuses(|s| s.shadow.unsync_queue.push_back(PageId(0)), "beyond the last page");
         let list = |s: &mut SavedVm| {
-            *s.shadow.memory.slot_by_id(0).unwrap().rmap_mut(crate::types::Gfn(3), crate::types::Level::PT) =
-                RmapHead(8);
+            *s.shadow.memory.rmap_mut(crate::types::Gfn(3), crate::types::Level::PT).unwrap() = RmapHead(8);
         };
         refuses(list, "list of entries");
     }

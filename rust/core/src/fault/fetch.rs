@@ -29,7 +29,7 @@ impl Ctx<'_> {
             && let Some(way) = self.ways.find(root, fault.gva, self.shadow)
         {
             // All links are there.
-            let table = way.table();
+            let table = way.table;
             self.forget_floods(fault.gva);
             return self.map((table, Level::PT), fault, walk.pte_access, walk.steps[0].table);
         }
@@ -50,7 +50,9 @@ impl Ctx<'_> {
             path[usize::from(level) - 2] = id;
         }
         if memorable {
-            self.ways.remember((root, fault.gva), self.shadow, &path, walk);
+            let (pde, last) = (walk.steps[1].pte, walk.steps[0]);
+            let contents = self.shadow.memory.host.contents(last.table);
+            self.ways.remember(fault.gva, id, (pde, contents, last.access));
         }
         self.map((id, walk.level), fault, walk.pte_access, walk.steps[0].table)
     }
@@ -153,11 +155,11 @@ impl Ctx<'_> {
             return small;
         }
         let top = fault.max_level.min(if self.shadow.config.cpu.gbpages { Level::PDPT } else { Level::PD });
-        let mut requested = top;
-        while requested > Level::PT && !slot.allows_large(fault.gfn, requested) {
+        // Where a table forbids a level it forbids those above, so the order of the two limits is all the same.
+        let mut requested = top.min(self.shadow.memory.host.state(fault.gfn).level());
+        while requested > Level::PT && !self.shadow.memory.allows_large(fault.gfn, requested) {
             requested = requested.down();
         }
-        requested = requested.min(self.shadow.memory.host.state(fault.gfn).level());
         Goal { level: if disallowed { Level::PT } else { requested }, requested, disallowed }
     }
 

@@ -1,5 +1,6 @@
 //! From a #PF exit to its end: MMIO, the guest's walk, repair of the shadow, emulation.
 
+mod below;
 pub mod direct;
 pub mod emulate;
 pub mod fetch;
@@ -107,19 +108,15 @@ impl Ctx<'_> {
     #[inline]
     pub(crate) fn walk_begun(&self, gva: Gva) -> GuestWalk {
         let root = self.vcpu.root.page();
-        let way = root.and_then(|root| self.ways.find(root, gva, self.shadow));
-        way.map_or(GuestWalk::start(), |way| way.walk)
+        root.and_then(|root| self.ways.walk(root, gva, self.shadow)).unwrap_or(GuestWalk::start())
     }
 
     /// A fault goes the way of an address, which is remembered: what was counted against the pages on it is forgotten
     /// (`__clear_sp_write_flooding_count` in `FNAME(fetch)`, 6.1).
     #[inline(always)]
     pub(crate) fn forget_floods(&mut self, gva: Gva) {
-        if let Some(path) = self.ways.flood_path(gva, self.shadow.floods) {
-            // None is ever counted against a last-level page.
-            for id in &path[1..] {
-                self.shadow.arena[*id].flood = 0;
-            }
+        if let Some(pages) = self.ways.goes(gva, self.shadow.floods) {
+            self.shadow.forget_floods(pages);
         }
     }
 

@@ -11,7 +11,7 @@ use crate::fault::Ctx;
 use crate::fault::insn::{Action, Insn};
 use crate::fault::ways::Way;
 use crate::guest::gpte::Gpte;
-use crate::guest::walk::{GuestFault, GuestWalk, Step, fault_code};
+use crate::guest::walk::{GuestFault, GuestWalk, fault_code};
 use crate::memory::{Contents, Host};
 use crate::outcome::RetPf;
 use crate::shadow::make::Leaf;
@@ -71,15 +71,15 @@ pub(crate) enum Quick {
 #[derive(Clone, Copy)]
 pub(super) struct LastTable {
     /// What is in it.
-    contents: Contents,
+    pub contents: Contents,
     /// The rights above it.
-    granted: Access,
+    pub granted: Access,
 }
 
 impl LastTable {
     #[inline(always)]
     pub(super) fn of(way: &Way, host: &Host) -> Self {
-        Self { contents: way.contents(host), granted: way.walk.steps[0].access }
+        Self { contents: way.contents(host), granted: way.granted }
     }
 }
 
@@ -101,9 +101,9 @@ impl Ctx<'_> {
         let Some(root) = self.vcpu.root.page() else { return Quick::No };
         let (table, last) = loop {
             if let Some(way) = self.ways.find(root, gva, self.shadow) {
-                break (way.last_table(), LastTable::of(way, &self.shadow.memory.host));
+                break (way.table, LastTable::of(way, &self.shadow.memory.host));
             }
-            if let Err(end) = self.make_way(root, plain, code) {
+            if let Some(end) = self.fault_below(root, plain, code) {
                 return end;
             }
         };
@@ -121,15 +121,7 @@ impl Ctx<'_> {
         if self.shadow.spte(pos) == Spte::EMPTY
             && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
         {
-            self.count_quick(gva, code);
-            self.vcpu.counters.pf_fixed += 1;
-            self.after_leaf(pos, last, owed);
-            if self.vcpu.requests != Requests::default() {
-                return Quick::Mapped(pos);
-            }
-            // What the guest allows, a new entry does: it has every right of the guest's, and A and D.
-            debug_assert!(self.vcpu.role.leaf_test(plain.row).passes(self.shadow.spte(pos).0));
-            return Quick::Allowed(gfn);
+            return self.after_new_leaf((plain, code), (pos, gfn), last, owed);
         }
         let Some((result, owed)) = self.set_quick_leaf(pos, gfn, access, code) else { return Quick::No };
         self.count_quick(gva, code);
@@ -141,6 +133,26 @@ impl Ctx<'_> {
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
         self.after_leaf(pos, last, owed);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
+    }
+
+    /// What follows a plain entry that was made where none was.
+    #[inline(always)]
+    pub(super) fn after_new_leaf(
+        &mut self,
+        (plain, code): (Plain, ErrorCode),
+        (pos, gfn): (SptePos, Gfn),
+        last: LastTable,
+        owed: Flush,
+    ) -> Quick {
+        self.count_quick(plain.gva, code);
+        self.vcpu.counters.pf_fixed += 1;
+        self.after_leaf(pos, last, owed);
+        if self.vcpu.requests != Requests::default() {
+            return Quick::Mapped(pos);
+        }
+        // What the guest allows, a new entry does: it has every right of the guest's, and A and D.
+        debug_assert!(self.vcpu.role.leaf_test(plain.row).passes(self.shadow.spte(pos).0));
+        Quick::Allowed(gfn)
     }
 
     /// The fault is taken, and goes all the way of its address.
@@ -160,69 +172,6 @@ impl Ctx<'_> {
         self.keep_unsync_limit();
     }
 
-    /// Finds the way to the last-level tables of an address and remembers it; if the shadow's is missing it is linked.
-    ///
-    /// # Errors
-    /// How the fault ends without.
-    #[inline(never)]
-    fn make_way(&mut self, root: PageId, plain: Plain, code: ErrorCode) -> Result<(), Quick> {
-        let gva = plain.gva;
-        let (pos, directory) = loop {
-            if let Some(way) = self.ways.find_directory(root, gva, self.shadow) {
-                break (way.path[1].entry(gva.index(Level::PD)), way.walk.steps[1]);
-            }
-            if !self.seek_way(root, gva) {
-                return Err(Quick::No);
-            }
-            if self.ways.find(root, gva, self.shadow).is_some() {
-                return Ok(());
-            }
-        };
-        self.link_below(pos, directory, plain, code)
-    }
-
-    /// The same where the directories and the place in the shadow's are known (`FNAME(fetch)`, 6.1). Nothing is done if the
-    /// tables or the frame of the address are not plain: what the whole way would refuse after it has linked tables must be
-    /// known before.
-    #[inline(always)]
-    fn link_below(&mut self, pos: SptePos, directory: Step, plain: Plain, code: ErrorCode) -> Result<(), Quick> {
-        let (gva, role) = (plain.gva, &self.vcpu.role);
-        let host = &self.shadow.memory.host;
-        let pde = Gpte(host.entry(directory.table, role.mode.index(gva, Level::PD), role.mode.entry_bytes));
-        let guest = pde.gfn();
-        let in_order =
-            pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
-        if !in_order || !self.shadow.memory.has_slot(guest) {
-            return Err(Quick::No);
-        }
-        let Some(contents) = host.present_contents(guest) else { return Err(Quick::No) };
-        let last = LastTable { contents, granted: directory.access.and(pde.access()) };
-        let wanted = self.shadow.arena[pos.page()].role.child(pos.index(), false, last.granted);
-        let mut table = self.shadow.spte(pos).child();
-        if !self.shadow.is_linked(pos, guest, wanted) {
-            // The fault asks for room once, before it links, but the translation will be looked at again.
-            if self.shadow.max_pages <= self.shadow.used_pages + MIN_FREE_PAGES {
-                return Err(Quick::No);
-            }
-            match self.plain_translation(last, gva, code, plain.row) {
-                Translation::Page(gfn, _) if self.is_plain_frame(gfn, code) => {}
-                Translation::Fault(base) => return Err(Quick::Guest(self.guest_fault(gva, base, code))),
-                _ => return Err(Quick::No),
-            }
-            table = self.find_child(guest, wanted);
-            self.link_if_new(pos, Some(table));
-        }
-        self.ways.remember_below(gva, (pde, last.contents), table);
-        Ok(())
-    }
-
-    /// Whether a frame may be mapped, or have W back, without more ado.
-    #[inline(always)]
-    fn is_plain_frame(&mut self, gfn: Gfn, code: ErrorCode) -> bool {
-        let protected = code.has(ErrorCode::P.with(ErrorCode::W)) && self.shadow.write_tracked(gfn);
-        !protected && self.shadow.memory.near(gfn).is_some_and(|near| near.is_plain(gfn))
-    }
-
     /// The fault is taken, and is the guest's own.
     #[inline(always)]
     pub(crate) fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> GuestFault {
@@ -233,7 +182,7 @@ impl Ctx<'_> {
 
     #[cold]
     fn protected(&self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
-        let walk = self.ways.find(root, gva, self.shadow).map(|way| way.walk);
+        let walk = self.ways.walk(root, gva, self.shadow);
         Quick::Protected { write_to_table: walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk })) }
     }
 

@@ -30,13 +30,9 @@ impl Ctx<'_> {
         let below = self.linked_below(id, &mut step, gva, level);
         self.ways.remember_directory((root, gva), self.shadow, &path, &walk);
         if let Some((table, last)) = below {
-            walk.steps[1] = step;
-            walk.steps[0] = last;
-            path[0] = table;
-            self.ways.remember((root, gva), self.shadow, &path, &walk);
+            let contents = self.shadow.memory.host.contents(last.table);
+            self.ways.remember(gva, table, (step.pte, contents, last.access));
         }
-        // A fault has yet to go there.
-        self.ways.count_floods_anew(gva);
         true
     }
 

@@ -44,7 +44,7 @@ impl Ctx<'_> {
         let last = loop {
             if let Some(way) = self.ways.find(root, gva, self.shadow) {
                 // Behind a link that is not what the guest's tables say now, the whole way makes another.
-                if way.last_table() != pos.page() {
+                if way.table != pos.page() {
                     return Written::No;
                 }
                 break LastTable::of(way, &self.shadow.memory.host);

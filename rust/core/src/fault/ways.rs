@@ -12,7 +12,7 @@ use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestWalk, Step};
 use crate::memory::{Contents, Host};
 use crate::shadow::Shadow;
-use crate::types::{Gva, Level, PageId};
+use crate::types::{Access, Gfn, Gva, Level, PageId};
 
 /// How many ways to last-level tables a vCPU remembers: one for each 2 MiB region, by its number.
 const LAST: usize = 64;
@@ -64,45 +64,86 @@ impl Track {
     }
 }
 
-/// The way to one table.
+/// The way to a last-level table: what it has beside the way to its directory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Way {
     track: Track,
-    /// The shadow pages on it.
-    pub path: Path,
-    /// The level of the last one.
-    pub level: Level,
     /// The count of writes against pages when those against the pages on this way were last forgotten.
     floods: u64,
-    /// Where the contents of the guest's table are, of a way to a last-level one.
+    /// The guest's entry in the directory.
+    pub pde: Gpte,
+    /// The shadow's table.
+    pub table: PageId,
+    /// Its pages of levels 3 to 5, as in a path.
+    upper: [PageId; 3],
+    /// Where the contents of the guest's table are.
     contents: Contents,
-    /// The guest's walk down to that table; every entry on it has A.
+    /// The rights that the guest grants above it.
+    pub granted: Access,
+}
+
+/// The way to a directory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DirectoryWay {
+    track: Track,
+    floods: u64,
+    contents: Contents,
+    /// The shadow pages on it, by level - 1; those that it does not come to are its root.
+    pub path: Path,
+    /// The guest's walk down to the directory; every entry on it has A.
     pub walk: GuestWalk,
 }
 
 impl Way {
-    const fn none(level: Level) -> Self {
-        let (track, path, walk) = (Track::NONE, [PageId(0); 5], GuestWalk::start());
-        Self { track, path, level, floods: 0, contents: Contents::NOTHING, walk }
-    }
+    const NONE: Self = Self {
+        track: Track::NONE,
+        floods: 0,
+        pde: Gpte(0),
+        table: PageId(0),
+        upper: [PageId(0); 3],
+        contents: Contents::NOTHING,
+        granted: Access::NONE,
+    };
 
-    /// The shadow table that a way to a last-level one leads to.
-    #[inline(always)]
-    pub(crate) const fn last_table(&self) -> PageId {
-        self.path[0]
-    }
-
-    /// The shadow table that it leads to.
-    #[inline(always)]
-    pub(crate) const fn table(&self) -> PageId {
-        self.path[self.level.0 as usize - 1]
-    }
-
-    /// Where the contents of the guest's table are. Only the first store to a table that held nothing moves them without
-    /// ending the way.
+    /// Where the contents of the guest's table are.
     #[inline(always)]
     pub(crate) fn contents(&self, host: &Host) -> Contents {
-        if self.contents == Contents::NOTHING { host.contents(self.walk.steps[0].table) } else { self.contents }
+        contents(self.contents, self.pde.gfn(), host)
+    }
+
+    /// The root that it begins at, and the directory that it leads over.
+    pub(crate) const fn pages(&self) -> (PageId, PageId) {
+        (self.track.root, self.track.directory)
+    }
+
+    /// The first address of its region.
+    pub(crate) const fn first_address(&self) -> Gva {
+        Gva(self.track.region << shift(Level::PT))
+    }
+}
+
+impl DirectoryWay {
+    const fn none() -> Self {
+        let (track, path, walk) = (Track::NONE, [PageId(0); 5], GuestWalk::start());
+        Self { track, floods: 0, contents: Contents::NOTHING, path, walk }
+    }
+
+    /// The shadow's directory.
+    #[inline(always)]
+    pub(crate) const fn directory(&self) -> PageId {
+        self.track.directory
+    }
+
+    /// Where the contents of the guest's directory are.
+    #[inline(always)]
+    pub(crate) fn contents(&self, host: &Host) -> Contents {
+        contents(self.contents, self.walk.steps[1].table, host)
+    }
+
+    /// The rights above it.
+    #[inline(always)]
+    pub(crate) const fn granted(&self) -> Access {
+        self.walk.steps[1].access
     }
 
     /// The root that it begins at.
@@ -112,23 +153,30 @@ impl Way {
 
     /// The first address of its region.
     pub(crate) const fn first_address(&self) -> Gva {
-        Gva(self.track.region << shift(self.level))
+        Gva(self.track.region << shift(Level::PD))
     }
+}
+
+/// Where the contents of a table are that were `known` before. Only the first store to a table that held nothing moves them
+/// without ending the way.
+#[inline(always)]
+fn contents(known: Contents, table: Gfn, host: &Host) -> Contents {
+    if known == Contents::NOTHING { host.contents(table) } else { known }
 }
 
 /// The ways that one vCPU remembers.
 #[derive(Clone, Debug)]
 pub(crate) struct Ways {
     last: Box<[Way; LAST]>,
-    directories: Box<[Way; DIRECTORIES]>,
+    directories: Box<[DirectoryWay; DIRECTORIES]>,
     near: Box<[Track; NEAR]>,
 }
 
 impl Default for Ways {
     fn default() -> Self {
         Self {
-            last: Box::new([Way::none(Level::PT); LAST]),
-            directories: Box::new([Way::none(Level::PD); DIRECTORIES]),
+            last: Box::new([Way::NONE; LAST]),
+            directories: Box::new([DirectoryWay::none(); DIRECTORIES]),
             near: Box::new([Track::NONE; NEAR]),
         }
     }
@@ -136,7 +184,8 @@ impl Default for Ways {
 
 impl Ways {
     /// Bytes that one takes.
-    pub(crate) const BYTES: usize = (LAST + DIRECTORIES) * size_of::<Way>() + NEAR * size_of::<Track>();
+    pub(crate) const BYTES: usize =
+        LAST * size_of::<Way>() + DIRECTORIES * size_of::<DirectoryWay>() + NEAR * size_of::<Track>();
 
     /// The way to the last-level table of an address below `root`, if it is remembered and still true.
     #[inline]
@@ -148,7 +197,7 @@ impl Ways {
 
     /// The way to its directory.
     #[inline]
-    pub(crate) fn find_directory(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<&Way> {
+    pub(crate) fn find_directory(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<&DirectoryWay> {
         let region = gva.0 >> shift(Level::PD);
         let way = &self.directories[region as usize % DIRECTORIES];
         way.track.leads(region, root, shadow).then_some(way)
@@ -169,37 +218,36 @@ impl Ways {
         self.near[region as usize % NEAR] = Track::new(region, root, directory, shadow);
     }
 
+    /// The guest's walk to the last-level table of an address, if the ways to it and to its directory are remembered and
+    /// still true.
+    pub(crate) fn walk(&self, root: PageId, gva: Gva, shadow: &Shadow) -> Option<GuestWalk> {
+        let (way, above) = (self.find(root, gva, shadow)?, self.find_directory(root, gva, shadow)?);
+        let mut walk = GuestWalk { level: Level::PT, wrote: false, ..above.walk };
+        walk.steps[1].pte = way.pde;
+        walk.steps[0] = Step { table: way.pde.gfn(), pte: Gpte(0), access: way.granted };
+        Some(walk)
+    }
+
     /// All that are still true.
-    pub(crate) fn all(&self, shadow: &Shadow) -> impl Iterator<Item = &Way> {
-        self.last.iter().chain(&*self.directories).filter(|way| way.track.holds(shadow))
+    pub(crate) fn all(&self, shadow: &Shadow) -> (Vec<&Way>, Vec<&DirectoryWay>) {
+        let last = self.last.iter().filter(|way| way.track.holds(shadow));
+        let directories = self.directories.iter().filter(|way| way.track.holds(shadow));
+        (last.collect(), directories.collect())
     }
 
-    /// Remembers a way that a fault has gone: `walk` is the guest's, `path` the shadow's.
-    #[inline]
-    pub(crate) fn remember(&mut self, (root, gva): (PageId, Gva), shadow: &Shadow, path: &Path, walk: &GuestWalk) {
-        let region = gva.0 >> shift(Level::PT);
-        let (track, floods) = (Track::new(region, root, path[1], shadow), shadow.floods);
-        let contents = shadow.memory.host.contents(walk.steps[0].table);
-        self.last[region as usize % LAST] = Way { track, path: *path, level: Level::PT, floods, contents, walk: *walk };
-    }
-
-    /// The same for the way to a table below a directory to which one is remembered: `pde` links the guest's, whose contents
-    /// are given. No fault has gone it yet.
+    /// Remembers the way to the last-level `table` of an address, whose directory is remembered. The guest's `pde` names its
+    /// table, with the rights `granted` above it.
     #[inline(always)]
-    pub(crate) fn remember_below(&mut self, gva: Gva, (pde, contents): (Gpte, Contents), table: PageId) {
+    pub(crate) fn remember(&mut self, gva: Gva, table: PageId, (pde, contents, granted): (Gpte, Contents, Access)) {
         let region = gva.0 >> shift(Level::PT);
-        let directory = &self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
-        let way = &mut self.last[region as usize % LAST];
-        *way = *directory;
-        (way.track.region, way.level, way.floods, way.contents) = (region, Level::PT, !0, contents);
-        way.path[0] = table;
-        way.walk.steps[1].pte = pde;
-        let access = way.walk.steps[1].access.and(pde.access());
-        way.walk.steps[0] = Step { table: pde.gfn(), pte: Gpte(0), access };
+        let above = &self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
+        let (track, floods) = (Track { region, ..above.track }, above.floods);
+        let [_, _, upper @ ..] = above.path;
+        self.last[region as usize % LAST] = Way { track, floods, pde, table, upper, contents, granted };
     }
 
-    /// The same for one that has come to its directory.
-    #[inline]
+    /// Remembers the way to the directory of an address, where the guest's `walk` and the shadow's `path` have come to. No
+    /// fault has gone it yet.
     pub(crate) fn remember_directory(
         &mut self,
         (root, gva): (PageId, Gva),
@@ -208,24 +256,29 @@ impl Ways {
         walk: &GuestWalk,
     ) {
         let region = gva.0 >> shift(Level::PD);
-        let (track, floods) = (Track::new(region, root, path[1], shadow), shadow.floods);
-        let contents = Contents::NOTHING;
-        let way = Way { track, path: *path, level: Level::PD, floods, contents, walk: *walk };
+        let (track, contents) =
+            (Track::new(region, root, path[1], shadow), shadow.memory.host.contents(walk.steps[1].table));
+        let way = DirectoryWay { track, floods: !0, contents, path: *path, walk: *walk };
         self.directories[region as usize % DIRECTORIES] = way;
     }
 
-    /// A fault goes the way of an address, which is remembered. Gives the pages on it if a write was counted against any page
-    /// since the last one went it.
+    /// A fault goes the way of an address, which is remembered. Gives the pages on it above the last level, against which
+    /// alone writes are counted, if one was counted against any page since the last fault went it.
     #[inline(always)]
-    pub(crate) fn flood_path(&mut self, gva: Gva, floods: u64) -> Option<&Path> {
+    pub(crate) fn goes(&mut self, gva: Gva, floods: u64) -> Option<[PageId; 4]> {
         let way = &mut self.last[(gva.0 >> shift(Level::PT)) as usize % LAST];
         debug_assert_eq!(way.track.region, gva.0 >> shift(Level::PT));
-        (std::mem::replace(&mut way.floods, floods) != floods).then_some(&way.path)
+        let [a, b, c] = way.upper;
+        (std::mem::replace(&mut way.floods, floods) != floods).then_some([way.track.directory, a, b, c])
     }
 
-    /// The way to the last-level table of an address was only looked for: no fault has gone it.
-    pub(crate) fn count_floods_anew(&mut self, gva: Gva) {
-        self.last[(gva.0 >> shift(Level::PT)) as usize % LAST].floods = !0;
+    /// The same for the way to its directory.
+    #[inline(always)]
+    pub(crate) fn goes_to_directory(&mut self, gva: Gva, floods: u64) -> Option<[PageId; 4]> {
+        let way = &mut self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
+        debug_assert_eq!(way.track.region, gva.0 >> shift(Level::PD));
+        let [_, pages @ ..] = way.path;
+        (std::mem::replace(&mut way.floods, floods) != floods).then_some(pages)
     }
 
     /// Forgets everything: walks obey other rules now.

@@ -240,11 +240,11 @@ fn update_accessed_dirty(
         if new == old.0 {
             continue;
         }
-        let Some(slot) = memory.slot_mut(table) else { continue };
+        let Some(slot) = memory.slot(table) else { continue };
         if slot.readonly {
             continue;
         }
-        let tracked = slot.track(table) > 0;
+        let tracked = memory.books(table).track > 0;
         if memory.host.entry(table, index, bytes) != old.0 {
             return false;
         }

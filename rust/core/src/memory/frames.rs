@@ -1,7 +1,8 @@
-//! Where a guest frame's state and contents are kept: a sparse map of two levels over a pool of pages.
+//! What is kept of each guest frame: a sparse map of two levels, whose regions hold the state of the host's pages and KVM's
+//! bookkeeping side by side, so that one look finds both.
 
-use crate::memory::HostState;
-use crate::types::{ENTRIES, Gfn};
+use crate::memory::{HostState, SlotFrame};
+use crate::types::{ENTRIES, Gfn, RmapHead};
 use crate::words::Word;
 use serde::{Deserialize, Serialize};
 
@@ -71,8 +72,30 @@ impl Frame {
     }
 }
 
-/// 512 frames.
-pub(super) type Region = [Frame; ENTRIES];
+/// 512 frames: 2 MiB.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Region {
+    /// The host's page of each.
+    #[serde(with = "crate::words::table")]
+    pub frames: [Frame; ENTRIES],
+    /// KVM's bookkeeping of each.
+    #[serde(with = "crate::words::table")]
+    pub books: [SlotFrame; ENTRIES],
+    /// Leaf entries of level 2 that map the region.
+    pub rmap_2m: RmapHead,
+    /// How many shadow pages forbid a 2 MiB leaf here.
+    pub disallow_2m: u32,
+    /// All of it lies in one slot, which takes writes and logs none, and no slot changed since that was found out.
+    #[serde(skip)]
+    pub open: bool,
+}
+
+impl Region {
+    fn new(state: HostState) -> Box<Self> {
+        let (frames, books) = ([Frame::new(state, 0); ENTRIES], [SlotFrame::default(); ENTRIES]);
+        Box::new(Self { frames, books, rmap_2m: RmapHead::default(), disallow_2m: 0, open: false })
+    }
+}
 
 /// All frames. Numbers instead of pointers: an untouched part is the number of a region that many share.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -80,56 +103,85 @@ pub(super) struct Frames {
     /// The number of each region.
     #[serde(with = "crate::words::list")]
     map: Vec<u32>,
-    #[serde(with = "crate::words::tables")]
-    regions: Vec<Region>,
+    regions: Vec<Box<Region>>,
 }
 
 impl Frames {
     /// The first `populated` frames are writable, all others absent.
     pub(super) fn new(populated: u64) -> Self {
-        let whole = |state| [Frame::new(state, 0); ENTRIES];
         let mut frames = Self {
             map: vec![WRITABLE; (populated >> REGION_SHIFT) as usize],
-            regions: vec![whole(HostState::Absent), whole(HostState::Writable)],
+            regions: vec![Region::new(HostState::Absent), Region::new(HostState::Writable)],
         };
         let rest = frame_index(Gfn(populated));
         if rest != 0 {
-            frames.region_mut(Gfn(populated))[..rest].fill(Frame::new(HostState::Writable, 0));
+            frames.region_mut(Gfn(populated)).frames[..rest].fill(Frame::new(HostState::Writable, 0));
         }
         frames
     }
 
     #[inline(always)]
     pub(super) fn get(&self, gfn: Gfn) -> Frame {
-        self.regions[self.region(gfn) as usize][frame_index(gfn)]
+        self.region(gfn).frames[frame_index(gfn)]
     }
 
-    /// The frames of the region around one.
-    #[inline]
-    pub(super) fn near(&self, gfn: Gfn) -> &Region {
-        &self.regions[self.region(gfn) as usize]
+    /// The region around a frame; one that many share if nobody touched it.
+    #[inline(always)]
+    pub(super) fn region(&self, gfn: Gfn) -> &Region {
+        &self.regions[self.number(gfn) as usize]
     }
 
-    #[inline]
-    fn region(&self, gfn: Gfn) -> u32 {
+    #[inline(always)]
+    fn number(&self, gfn: Gfn) -> u32 {
         self.map.get((gfn.0 >> REGION_SHIFT) as usize).copied().unwrap_or(ABSENT)
     }
 
+    /// The region around a frame, to change it, if it is open.
+    #[inline(always)]
+    pub(super) fn open_region(&mut self, gfn: Gfn) -> Option<&mut Region> {
+        let number = self.number(gfn);
+        // The shared ones never are.
+        Some(&mut *self.regions[number as usize]).filter(|region| region.open)
+    }
+
+    /// Whether a region has something of its own.
+    pub(super) fn is_own(&self, gfn: Gfn) -> bool {
+        self.number(gfn) > WRITABLE
+    }
+
+    /// A slot changed: it must be found out again which regions are open.
+    pub(super) fn close(&mut self) {
+        for region in &mut self.regions {
+            region.open = false;
+        }
+    }
+
     pub(super) fn set(&mut self, gfn: Gfn, frame: Frame) {
-        self.region_mut(gfn)[frame_index(gfn)] = frame;
+        self.region_mut(gfn).frames[frame_index(gfn)] = frame;
     }
 
     /// Whether every frame of the region around `gfn` is in `state`, as it was at the start.
     pub(super) fn is_untouched(&self, gfn: Gfn, state: HostState) -> bool {
         match state {
-            HostState::Absent => self.region(gfn) == ABSENT,
-            HostState::Writable => self.region(gfn) == WRITABLE,
+            HostState::Absent => self.number(gfn) == ABSENT,
+            HostState::Writable => self.number(gfn) == WRITABLE,
             _ => false,
         }
     }
 
     /// The region around a frame, to change it.
-    fn region_mut(&mut self, gfn: Gfn) -> &mut Region {
+    #[inline(always)]
+    pub(super) fn region_mut(&mut self, gfn: Gfn) -> &mut Region {
+        let mut number = self.number(gfn);
+        if number <= WRITABLE {
+            number = self.make_own(gfn);
+        }
+        &mut self.regions[number as usize]
+    }
+
+    /// Gives the region around a frame room of its own; its number.
+    #[cold]
+    fn make_own(&mut self, gfn: Gfn) -> u32 {
         let at = (gfn.0 >> REGION_SHIFT) as usize;
         if at >= self.map.len() {
             let mut larger = vec![ABSENT; (at + 1).next_power_of_two()];
@@ -137,21 +189,24 @@ impl Frames {
             self.map = larger;
         }
         let number = &mut self.map[at];
-        if *number <= WRITABLE {
-            self.regions.push(self.regions[*number as usize]);
-            *number = self.regions.len() as u32 - 1;
-        }
-        &mut self.regions[*number as usize]
+        self.regions.push(self.regions[*number as usize].clone());
+        *number = self.regions.len() as u32 - 1;
+        *number
     }
 
     /// Whether every frame has contents below `pages`, and the map leads to regions that are there.
     pub(super) fn leads_below(&self, pages: usize) -> bool {
         let begun = self.regions.first_chunk().is_some_and(|[absent, writable]| {
-            let all = |region: &Region, state| region.iter().all(|frame| *frame == Frame::new(state, 0));
-            all(absent, HostState::Absent) && all(writable, HostState::Writable)
+            let all = |region: &Region, state| region.frames.iter().all(|frame| *frame == Frame::new(state, 0));
+            let free = |region: &Region| {
+                let none = region.books.iter().all(|books| *books == SlotFrame::default());
+                none && region.rmap_2m == RmapHead::default() && region.disallow_2m == 0
+            };
+            all(absent, HostState::Absent) && all(writable, HostState::Writable) && free(absent) && free(writable)
         });
         let mapped = self.map.iter().all(|number| (*number as usize) < self.regions.len());
-        begun && mapped && self.regions.iter().flatten().all(|frame| (frame.page() as usize) < pages)
+        let mut frames = self.regions.iter().flat_map(|region| &region.frames);
+        begun && mapped && frames.all(|frame| (frame.page() as usize) < pages)
     }
 
     /// The frames of the regions that have something of their own.
@@ -160,14 +215,17 @@ impl Frames {
         regions.flat_map(|(at, _)| (0..ENTRIES as u64).map(move |frame| Gfn((at as u64) << REGION_SHIFT | frame)))
     }
 
-    /// Bytes in use, but for the untouched part of the map.
-    pub(super) fn bytes(&self) -> usize {
-        self.map.len() * size_of::<u32>() + self.regions.len() * size_of::<[Frame; ENTRIES]>()
+    /// Bytes that the host's side of the frames takes, but for the untouched part of the map, and those that KVM's takes.
+    pub(super) fn bytes(&self) -> (usize, usize) {
+        let host = size_of::<[Frame; ENTRIES]>();
+        let books = self.regions.len() * (size_of::<Region>() - host);
+        (self.map.len() * size_of::<u32>() + self.regions.len() * host, books)
     }
 }
 
-#[inline]
-const fn frame_index(gfn: Gfn) -> usize {
+/// The place of a frame in its region.
+#[inline(always)]
+pub(super) const fn frame_index(gfn: Gfn) -> usize {
     gfn.0 as usize & (ENTRIES - 1)
 }
 

@@ -2,7 +2,7 @@
 
 mod bounds;
 
-use crate::memory::frames::{Frame, Frames, Region};
+use crate::memory::frames::{Frame, Frames};
 use crate::types::{ENTRIES, Gfn, Gpa, Level, Pfn};
 use serde::{Deserialize, Serialize};
 
@@ -48,11 +48,12 @@ const PFN_BASE: u64 = 1 << 18;
 /// Marks the frame of a shared page, which is another than the one that the page gets when it is written.
 const SHARED: u64 = 1 << 38;
 
-type Page = [u64; ENTRIES];
+/// The contents of a page.
+pub(super) type Page = [u64; ENTRIES];
 
 /// The place of a frame's contents.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Contents(u32);
+pub struct Contents(pub(super) u32);
 
 impl Contents {
     /// The page of zeros.
@@ -67,10 +68,10 @@ impl Contents {
 /// All of the host's pages, by guest frame.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Host {
-    frames: Frames,
+    pub(super) frames: Frames,
     /// Contents; the first is the page of zeros, which stands for all that hold nothing.
     #[serde(with = "crate::words::tables")]
-    pages: Vec<Page>,
+    pub(super) pages: Vec<Page>,
     free: Vec<u32>,
     /// Frames below this one begin writable, all others absent.
     populated: u64,
@@ -122,12 +123,6 @@ impl Host {
     #[must_use]
     pub fn state(&self, gfn: Gfn) -> HostState {
         self.frames.get(gfn).state()
-    }
-
-    /// The states of the frames of a region.
-    #[inline]
-    pub(super) fn states_near(&self, gfn: Gfn) -> &Region {
-        self.frames.near(gfn)
     }
 
     /// Whether a frame has a page, whatever may be done with it.
@@ -237,13 +232,6 @@ impl Host {
     #[must_use]
     pub fn contents(&self, gfn: Gfn) -> Contents {
         Contents::of(self.frames.get(gfn))
-    }
-
-    /// The same of a frame whose page is there.
-    #[inline(always)]
-    pub(crate) fn present_contents(&self, gfn: Gfn) -> Option<Contents> {
-        let frame = self.frames.get(gfn);
-        frame.present().then(|| Contents::of(frame))
     }
 
     /// The entry `at` of a table page found before.
@@ -388,7 +376,7 @@ impl Host {
     /// Bytes that the contents and the map of the frames take.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.pages.len() * size_of::<Page>() + self.frames.bytes()
+        self.pages.len() * size_of::<Page>() + self.frames.bytes().0
     }
 }
 

@@ -3,16 +3,18 @@
 //! The host's backing is one sparse space addressed by guest frame; a memslot is a window on it. So a slot that is
 //! deleted and added again shows the same contents, as with a hypervisor that keeps its mapping.
 
+mod books;
 mod frames;
 mod host;
 mod slot;
 
+pub use books::{Near, SlotFrame};
 pub use host::{Contents, Host, HostState};
-pub use slot::{Slot, SlotFrame, SlotRegion};
+pub use slot::Slot;
 
 use crate::config::{ADDRESS_SPACES, MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
 use crate::error::{ConfigError, InvariantError, refuse};
-use crate::types::{Access, ENTRIES, Gfn, Gpa, PAGE_SIZE};
+use crate::types::{Gfn, Gpa, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 
 /// How the log is read (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
@@ -22,61 +24,6 @@ pub struct ManualDirty {
     pub enabled: bool,
     /// A log begins with every frame in it, so nothing is write-protected at first.
     pub initially_set: bool,
-}
-
-/// What is known of the frames of one region: see [`Memory::near`].
-#[derive(Debug)]
-pub struct Near<'a> {
-    /// The host's pages.
-    pub host: &'a Host,
-    region: u64,
-    states: &'a frames::Region,
-    base: u64,
-    pages: u64,
-    slot: &'a mut SlotRegion,
-}
-
-impl Near<'_> {
-    /// Whether the host has a frame's page and may write it.
-    #[inline]
-    #[must_use]
-    pub fn is_plain(&self, gfn: Gfn) -> bool {
-        self.states[gfn.0 as usize % ENTRIES].writable()
-    }
-
-    /// Where the contents of a frame of the region are.
-    #[inline(always)]
-    #[must_use]
-    pub fn contents(&self, gfn: Gfn) -> Contents {
-        Contents::of(self.states[gfn.0 as usize % ENTRIES])
-    }
-
-    /// Whether all frames of the region lie in the slot.
-    #[inline]
-    #[must_use]
-    pub const fn is_whole(&self) -> bool {
-        let first = self.region << 9;
-        self.base <= first && first - self.base + ENTRIES as u64 <= self.pages
-    }
-
-    /// The bookkeeping of a frame that may be mapped with these rights without further ado: the host has its page and may
-    /// write it, and no table is in it if it is to be writable. The frame is of this region and in the slot.
-    #[inline(always)]
-    pub fn plain_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
-        self.writable_frame(gfn).filter(|frame| !access.has(Access::W) || frame.tables == 0)
-    }
-
-    /// The same, of a frame that no small leaf maps yet.
-    #[inline(always)]
-    pub fn free_frame_here(&mut self, gfn: Gfn, access: Access) -> Option<&mut SlotFrame> {
-        self.writable_frame(gfn).filter(|frame| frame.is_free(access.has(Access::W)))
-    }
-
-    /// The bookkeeping of a frame of this region and slot whose page the host has and may write.
-    #[inline(always)]
-    pub fn writable_frame(&mut self, gfn: Gfn) -> Option<&mut SlotFrame> {
-        self.is_plain(gfn).then(|| &mut self.slot.frames[gfn.0 as usize % ENTRIES])
-    }
 }
 
 /// Memslots and the host's pages.
@@ -154,23 +101,10 @@ impl Memory {
         self.slots.get_mut(self.last)
     }
 
-    /// What is known of a frame and those around it (2 MiB), found in one look. `None` without a slot, or for one that
-    /// takes no writes or logs them.
-    #[inline(always)]
-    pub fn near(&mut self, gfn: Gfn) -> Option<Near<'_>> {
-        if !self.slots.get(self.last).is_some_and(|slot| slot.holds(gfn)) {
-            self.last = self.slots.iter().position(|slot| slot.holds(gfn))?;
-        }
-        let Self { host, slots, last, .. } = self;
-        let slot = slots.get_mut(*last).filter(|slot| !slot.readonly && !slot.logs_dirty())?;
-        let (base, pages) = (slot.base.0, slot.pages);
-        Some(Near { host, region: gfn.0 >> 9, states: host.states_near(gfn), base, pages, slot: slot.region_mut(gfn) })
-    }
-
     /// Bytes that the bookkeeping of all slots' frames takes: reverse maps of one entry, write tracking, dirty logs.
     #[must_use]
     pub fn bookkeeping_bytes(&self) -> usize {
-        self.slots.iter().map(Slot::bytes).sum()
+        self.host.frames.bytes().1
     }
 
     /// The slot with that number.
@@ -182,6 +116,16 @@ impl Memory {
             Some(at) => Ok(&mut self.slots[at]),
             None => refuse!("memslot {id} does not exist"),
         }
+    }
+
+    /// Turns a slot's log of writes on (empty, or `full`) or off.
+    ///
+    /// # Errors
+    /// No slot has the number.
+    pub fn set_dirty_log(&mut self, id: u16, on: bool, full: bool) -> Result<(), ConfigError> {
+        self.slot_by_id(id)?.set_dirty_log(on, full);
+        self.host.frames.close();
+        Ok(())
     }
 
     /// The frames of all slots, for the default quota.
@@ -247,6 +191,7 @@ impl Memory {
         let at = self.slots.partition_point(|other| other.base < slot.base);
         self.slots.insert(at, slot);
         self.last = 0;
+        self.host.frames.close();
     }
 
     /// Moves a slot to another place with the host's pages behind it; nothing of it may be mapped any more.
@@ -263,6 +208,7 @@ impl Memory {
     pub fn remove_slot(&mut self, id: u16) {
         self.slots.retain(|slot| slot.id != id);
         self.last = 0;
+        self.host.frames.close();
         self.generation += ADDRESS_SPACES;
         self.ways_epoch += 1;
     }

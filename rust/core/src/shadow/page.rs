@@ -117,10 +117,24 @@ impl Default for Arena {
 impl Arena {
     /// A new page, empty and sync, at the head of its hash bucket and of the active list.
     pub fn alloc(&mut self, gfn: Gfn, role: Role, generation: u8) -> PageId {
+        self.alloc_below(gfn, role, generation, RmapHead::default())
+    }
+
+    /// The same if it will be alone in its bucket, for the entry of a parent.
+    #[inline(always)]
+    pub fn alloc_alone(&mut self, gfn: Gfn, role: Role, generation: u8, parent: SptePos) -> Option<PageId> {
+        let alone = self.buckets[bucket(gfn)] == NONE;
+        alone.then(|| self.alloc_below(gfn, role, generation, RmapHead::one(parent)))
+    }
+
+    #[inline(always)]
+    fn alloc_below(&mut self, gfn: Gfn, role: Role, generation: u8, parents: RmapHead) -> PageId {
+        let (head, newest) = (bucket(gfn), self.newest);
+        let next = self.buckets[head];
         let page = Page {
             gfn,
             role,
-            parents: RmapHead::default(),
+            parents,
             root_count: 0,
             unsync_children: 0,
             flood: 0,
@@ -130,24 +144,38 @@ impl Arena {
             nx_disallowed: false,
             unsync_bitmap: Bitmap::default(),
             used: Bitmap::default(),
-            hash: [NONE; 2],
-            list: [NONE; 2],
+            hash: [NONE, next],
+            list: [NONE, newest],
             next_zapped: None,
         };
         let id = if let Some(id) = self.free.pop() {
-            self.pages[id.0 as usize] = page;
+            self[id] = page;
             id
         } else {
-            let id = PageId(self.pages.len() as u32);
-            self.pages.push(page);
-            self.unlinks.push(0);
-            if self.sptes.len() < self.pages.len() * ENTRIES {
-                self.grow();
-            }
-            id
+            self.push(page)
         };
-        self.hash_insert(id);
-        self.list_insert(id);
+        self.buckets[head] = id.0;
+        if next != NONE {
+            self[PageId(next)].hash[0] = id.0;
+        }
+        self.newest = id.0;
+        if newest == NONE {
+            self.oldest = id.0;
+        } else {
+            self[PageId(newest)].list[0] = id.0;
+        }
+        id
+    }
+
+    /// A page behind the last one.
+    #[inline(never)]
+    fn push(&mut self, page: Page) -> PageId {
+        let id = PageId(self.pages.len() as u32);
+        self.pages.push(page);
+        self.unlinks.push(0);
+        if self.sptes.len() < self.pages.len() * ENTRIES {
+            self.grow();
+        }
         id
     }
 
@@ -355,15 +383,6 @@ impl Arena {
         (0..self.pages.len()).filter(|i| live[*i]).map(|i| PageId(i as u32)).collect()
     }
 
-    fn hash_insert(&mut self, id: PageId) {
-        let head = bucket(self[id].gfn);
-        let next = std::mem::replace(&mut self.buckets[head], id.0);
-        self[id].hash = [NONE, next];
-        if next != NONE {
-            self[PageId(next)].hash[0] = id.0;
-        }
-    }
-
     fn hash_remove(&mut self, id: PageId) {
         let [prev, next] = self[id].hash;
         if prev == NONE {
@@ -374,16 +393,6 @@ impl Arena {
         }
         if next != NONE {
             self[PageId(next)].hash[0] = prev;
-        }
-    }
-
-    fn list_insert(&mut self, id: PageId) {
-        let next = std::mem::replace(&mut self.newest, id.0);
-        self[id].list = [NONE, next];
-        if next == NONE {
-            self.oldest = id.0;
-        } else {
-            self[PageId(next)].list[0] = id.0;
         }
     }
 

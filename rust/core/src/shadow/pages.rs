@@ -56,9 +56,23 @@ impl Shadow {
         self.used_pages += 1;
         let id = self.arena.alloc(gfn, role, self.generation);
         if self.arena[id].has_gptes() {
-            *owed += self.account_shadowed(id);
+            *owed += self.account_shadowed(gfn, role.level());
         }
         id
+    }
+
+    /// Makes the page of a guest table, whose frame is the first of its bucket, and links it to an empty entry: what `get_page`
+    /// and `link` do where there is next to nothing to look at, and no events are recorded. `None`, and nothing done, if there
+    /// is more.
+    #[inline(always)]
+    pub(crate) fn new_table(&mut self, pos: SptePos, gfn: Gfn, role: Role) -> Option<(PageId, Flush)> {
+        debug_assert!(!role.direct() && self.spte(pos) == Spte::EMPTY && !self.events.wants_any());
+        let id = self.arena.alloc_alone(gfn, role, self.generation, pos)?;
+        self.counters.mmu_cache_miss += 1;
+        self.used_pages += 1;
+        let flush = self.account_shadowed(gfn, role.level());
+        self.arena.set_spte(pos, Spte::table(id));
+        Some((id, flush))
     }
 
     /// Whether the entry points to the page of that frame and role already.
@@ -131,6 +145,14 @@ impl Shadow {
         }
     }
 
+    /// Forgets the writes counted against pages.
+    #[inline(always)]
+    pub(crate) fn forget_floods(&mut self, pages: [PageId; 4]) {
+        for id in pages {
+            self.arena[id].flood = 0;
+        }
+    }
+
     /// Forgets the writes counted against the pages on the CPU's way to an address (`shadow_page_table_clear_flood`,
     /// 6.1).
     pub(crate) fn clear_flood_path(&mut self, root: PageId, gva: Gva) {
@@ -149,15 +171,15 @@ impl Shadow {
     /// Drops the 4 KiB leaves of direct pages that a larger leaf could replace
     /// (`kvm_rmap_zap_collapsible_sptes`, 6.1).
     pub(crate) fn zap_collapsible(&mut self, slot_id: u16) -> Flush {
-        let Ok(slot) = self.memory.slot_by_id(slot_id) else { return Flush::NONE };
-        let heads: Vec<_> = slot.rmaps().filter(|(_, level, _)| *level < Level::PDPT).collect();
+        let Some(slot) = self.memory.slots().iter().find(|slot| slot.id == slot_id) else { return Flush::NONE };
+        let heads: Vec<_> = self.memory.rmaps(slot).filter(|(_, level, _)| *level < Level::PDPT).collect();
         let mut any = false;
         for (gfn, level, head) in heads {
             let entries: Vec<_> = self.lists.iter(head).collect();
             for pos in entries {
                 let up = Level(level.0 + 1);
                 let host = self.memory.host.state(gfn).level();
-                let allowed = self.memory.slot(gfn).is_some_and(|slot| slot.allows_large(gfn, up));
+                let allowed = self.memory.allows_large(gfn, up);
                 if self.arena[pos.page()].role.direct() && host >= up && allowed {
                     self.drop_leaf(pos);
                     any = true;

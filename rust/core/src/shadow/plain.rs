@@ -6,7 +6,7 @@ use crate::config::{PREFETCH, RMAP_RECYCLE};
 use crate::cpu::CpuRole;
 use crate::events::EventKind;
 use crate::guest::gpte::Gpte;
-use crate::memory::{Contents, Host, Near};
+use crate::memory::{Contents, Host};
 use crate::mode::Mode;
 use crate::shadow::spte::{HOST_WRITABLE, MMU_WRITABLE, SHADOW_PRESENT, Spte, sptep};
 use crate::shadow::{Flush, Shadow};
@@ -53,7 +53,14 @@ impl Shadow {
         access: Access,
         mark: u64,
     ) -> Option<Flush> {
-        let mut near = self.memory.near(gfn)?;
+        let mut near = loop {
+            if let Some(near) = self.memory.near(gfn) {
+                break near;
+            }
+            if !self.memory.opens(gfn) {
+                return None;
+            }
+        };
         let frame = near.plain_frame_here(gfn, access)?;
         let bits = leaf_bits(gfn, access) | mark;
         self.arena.set_leaf(pos, Spte(bits), gfn, access);
@@ -234,9 +241,9 @@ impl Shadow {
             return None;
         }
         let access = first.protect_clean(guest.granted.and(first.access()));
-        let Some(mut near) = self.memory.near(first.gfn()).filter(Near::is_whole) else { return Some(all) };
+        let Some(mut near) = self.memory.near(first.gfn()) else { return Some(all) };
         let page = self.arena.block_mut(at);
-        let gptes = &near.host.words_in(guest.contents).as_chunks::<64>().0[block];
+        let gptes = &near.words_in(guest.contents).as_chunks::<64>().0[block];
         // What frame 0 of the region has; the others differ in their place.
         let region = Gfn(first.gfn().0 & !(ENTRIES as u64 - 1));
         let (bits, from) = (leaf_bits(region, access), region.0 << 3 | u64::from(access.0));

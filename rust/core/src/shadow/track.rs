@@ -2,7 +2,6 @@
 
 use crate::bits::{PT_A, PT_W};
 use crate::config::RMAP_RECYCLE;
-use crate::memory::Slot;
 use crate::shadow::spte::{MMU_WRITABLE, Spte};
 use crate::shadow::{Flush, Shadow};
 use crate::types::{Access, Gfn, Level, PageId, RmapHead, SptePos};
@@ -12,7 +11,7 @@ impl Shadow {
     #[inline]
     #[must_use]
     pub fn write_tracked(&self, gfn: Gfn) -> bool {
-        self.memory.slot(gfn).is_some_and(|slot| slot.track(gfn) != 0)
+        self.memory.books(gfn).track != 0
     }
 
     fn pages_counter(&mut self, level: Level) -> &mut u64 {
@@ -29,8 +28,8 @@ impl Shadow {
         let level = self.arena[pos.page()].level();
         self.arena.set_mapped(pos, gfn, access);
         *self.pages_counter(level) += 1;
-        let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
-        let before = self.lists.add(slot.rmap_mut(gfn, level), pos);
+        let Some(head) = self.memory.rmap_mut(gfn, level) else { return Flush::NONE };
+        let before = self.lists.add(head, pos);
         self.rmap_grew(gfn, level, before)
     }
 
@@ -55,18 +54,17 @@ impl Shadow {
         let (gfn, level) = (self.arena.mapped_gfn(pos), self.arena[pos.page()].level());
         self.arena.set_spte(pos, Spte::EMPTY);
         *self.pages_counter(level) -= 1;
-        if let Some(slot) = self.memory.slot_mut(gfn) {
-            self.lists.remove(slot.rmap_mut(gfn, level), pos);
+        if let Some(head) = self.memory.rmap_mut(gfn, level) {
+            self.lists.remove(head, pos);
         }
     }
 
     /// Takes every leaf of one rmap list away; whether there was any (`kvm_zap_all_rmap_sptes`, 6.1).
     pub(crate) fn zap_rmap(&mut self, gfn: Gfn, level: Level) -> bool {
-        let Some(slot) = self.memory.slot_mut(gfn) else { return false };
-        if slot.rmap(gfn, level) == RmapHead::default() {
+        let Some(head) = self.memory.rmap_mut(gfn, level).filter(|head| **head != RmapHead::default()) else {
             return false;
-        }
-        let all = self.lists.take(slot.rmap_mut(gfn, level));
+        };
+        let all = self.lists.take(head);
         for pos in &all {
             self.arena.set_spte(*pos, Spte::EMPTY);
         }
@@ -90,7 +88,7 @@ impl Shadow {
         for slot in self.memory.slots() {
             let (from, to) = (first.0.max(slot.base.0), end.min(slot.base.0 + slot.pages));
             if from < to {
-                out.extend(slot.rmaps_between(Gfn(from), Gfn(to)));
+                out.extend(self.memory.rmaps_between(Gfn(from), Gfn(to)));
             }
         }
         out
@@ -112,7 +110,7 @@ impl Shadow {
 
     fn leaves_of(&self, first: Gfn, pages: u64) -> impl Iterator<Item = (SptePos, Spte)> + '_ {
         let lists = self.mapped_lists(first, pages).into_iter();
-        let heads = lists.filter_map(|(gfn, level)| Some(self.memory.slot(gfn)?.rmap(gfn, level)));
+        let heads = lists.map(|(gfn, level)| self.memory.rmap(gfn, level));
         heads.flat_map(|head| self.lists.iter(head)).map(|pos| (pos, self.arena.spte(pos)))
     }
 
@@ -120,14 +118,16 @@ impl Shadow {
     /// that allows the MMU to give W back without a walk. Returns whether a flush is wanted.
     #[inline]
     pub(crate) fn write_protect(&mut self, gfn: Gfn, for_shadowing: bool) -> bool {
-        let heads = self.memory.slot(gfn).map(|slot| slot.rmaps_of(gfn)).unwrap_or_default();
-        self.write_protect_lists(heads, for_shadowing)
+        let [small, large] = [Level::PT, Level::PD].map(|level| self.memory.rmap(gfn, level));
+        self.write_protect_lists(gfn, [small, large], for_shadowing)
     }
 
+    /// The same where the lists of small leaves and of those of 2 MiB are known.
     #[inline(always)]
-    fn write_protect_lists(&mut self, heads: [RmapHead; 3], for_shadowing: bool) -> bool {
+    fn write_protect_lists(&mut self, gfn: Gfn, [small, large]: [RmapHead; 2], for_shadowing: bool) -> bool {
+        let giant = if self.counters.pages_1g == 0 { RmapHead::default() } else { self.memory.rmap(gfn, Level::PDPT) };
         let mut flush = false;
-        for head in heads {
+        for head in [small, large, giant] {
             if head != RmapHead::default() {
                 flush |= self.write_protect_list(head, for_shadowing);
             }
@@ -154,39 +154,17 @@ impl Shadow {
 
     /// A new page with gptes begins to shadow its frame (`account_shadowed`, 6.1): large leaves over it are forbidden,
     /// an upper-level table is tracked, and whoever maps the frame loses W.
-    pub(crate) fn account_shadowed(&mut self, id: PageId) -> Flush {
-        let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
+    #[inline(always)]
+    pub(crate) fn account_shadowed(&mut self, gfn: Gfn, level: Level) -> Flush {
         self.indirect_pages += 1;
-        let Some(slot) = self.memory.slot_mut(gfn) else { return Flush::NONE };
-        let heads = change_shadow_counts(slot, gfn, level, true);
-        Flush::when(self.write_protect_lists(heads, true))
+        let heads = self.memory.count_table(gfn, level > Level::PT, true);
+        Flush::when(self.write_protect_lists(gfn, heads, true))
     }
 
     /// The page is zapped (`unaccount_shadowed`, 6.1). Entries that map the frame stay read-only until a write faults.
     pub(crate) fn unaccount_shadowed(&mut self, id: PageId) {
         let (gfn, level) = (self.arena[id].gfn, self.arena[id].level());
         self.indirect_pages -= 1;
-        if let Some(slot) = self.memory.slot_mut(gfn) {
-            change_shadow_counts(slot, gfn, level, false);
-        }
+        let _ = self.memory.count_table(gfn, level > Level::PT, false);
     }
-}
-
-/// A page of `level` begins or ends to shadow a frame of the slot. Returns the lists of leaves that map it.
-#[inline(always)]
-fn change_shadow_counts(slot: &mut Slot, gfn: Gfn, level: Level, begin: bool) -> [RmapHead; 3] {
-    let (frame, (rmap_2m, two), (rmap_1g, one)) = slot.shadow_counts_mut(gfn);
-    let upper = u16::from(level > Level::PT);
-    if begin {
-        *two += 1;
-        *one += 1;
-        frame.tables += 1;
-        frame.track += upper;
-    } else {
-        *two -= 1;
-        *one -= 1;
-        frame.tables -= 1;
-        frame.track -= upper;
-    }
-    [frame.rmap, rmap_2m, rmap_1g]
 }

@@ -186,8 +186,8 @@ fn the_short_way_of_a_fault_comes_to_the_same_as_the_whole_one() {
         // Not where the last look hit, nor what bookkeeping was made before it was needed.
         let memory = |vm: &Vm| {
             let memory = &vm.shadow().memory;
-            let slots = memory.slots().iter().map(|slot| (slot.rmaps().collect::<Vec<_>>(), slot.dirty_frames()));
-            format!("{:?} {:?}", memory.host, slots.collect::<Vec<_>>())
+            let slots = memory.slots().iter().map(|slot| (memory.rmaps(slot).collect::<Vec<_>>(), slot.dirty_frames()));
+            format!("{:#x} {:?}", vm.state_hash(), slots.collect::<Vec<_>>())
         };
         let arena = |vm: &Vm| format!("{:?}", vm.shadow().arena());
         prop_assert!(memory(&short) == memory(&whole), "the memory differs");
