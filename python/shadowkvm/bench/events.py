@@ -29,8 +29,8 @@ class _Event(NamedTuple):
 
 _EVENTS: Final = {
     "fault": _Event("fault on a fresh page, no neighbours", 4_033, 400, 2000),
-    "lone_table": _Event("... and a new last-level table", 4_637, 700, 80),
-    "unsync": _Event("first store to a last-level table: unsync", 4_153, 400, 80),
+    "lone_table": _Event("... and a new last-level table", 4_637, 700, 400),
+    "unsync": _Event("first store to a last-level table: unsync", 4_153, 400, 400),
     "directory": _Event("store to a page directory: emulated", 5_766, 500, 1000),
     "flood": _Event("third such store: flood, zap", 26_984, 1_500, 150),
     "reflected": _Event("guest's own #PF", 937, 250, 2000),

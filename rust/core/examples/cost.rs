@@ -13,11 +13,11 @@ use shadowkvm_core::types::Gpa;
 
 /// Present, writable, accessed, dirty.
 const FLAGS: u64 = 0x63;
-const MEMORY: u64 = 256 << 20;
+const MEMORY: u64 = 1 << 30;
 const ROOT: u64 = 0x1000;
 const PD: u64 = 0x10000;
 const TABLES: u64 = 0x100000;
-const DIRECTORIES: u64 = 0x20_0000;
+const DIRECTORIES: u64 = 0x30_0000;
 const CHILDREN: u64 = 0x40_0000;
 /// Where the events take place: clear of the tables.
 const BASE: u64 = 64 << 20;

@@ -67,14 +67,18 @@ impl Role {
     pub const fn child(self, index: usize, direct: bool, access: Access) -> Self {
         let mut word = self.0 & !(ACCESS | DIRECT | PASSTHROUGH);
         word = (word & !0xf) | ((self.0 & 0xf) - 1);
-        word |= (access.0 as u32) << 8;
         if direct {
             word |= DIRECT;
         }
-        if self.has_4_byte() {
-            word = (word & !QUADRANT) | (index as u32 & 1) << QUADRANT_SHIFT;
-        }
-        Self(word)
+        Self(word).with_place(index, access)
+    }
+
+    /// That of a child without rights, below another entry and with these rights.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_place(self, index: usize, access: Access) -> Self {
+        let word = self.0 | (access.0 as u32) << 8;
+        Self(if self.has_4_byte() { (word & !QUADRANT) | (index as u32 & 1) << QUADRANT_SHIFT } else { word })
     }
 
     /// Whether the guest's entries have 4 bytes.

@@ -59,7 +59,7 @@ impl Ctx<'_> {
         self.shadow.events.vcpu = self.vcpu.id;
         let end = self.walk_near(root, plain.gva);
         let leaf = self.shadow.spte(end.0);
-        let write = if plain.row.is_store() && leaf.lacks_w() { self.write_to_end(*plain, end, leaf) } else { None };
+        let write = if plain.row.is_store() && leaf.lacks_w() { self.write_to_end(*plain, end) } else { None };
         let came = write.unwrap_or_else(|| self.come_to_end(*plain, end, leaf))?;
         Ok(self.end_counted(*plain, came))
     }
@@ -85,16 +85,11 @@ impl Ctx<'_> {
     /// The same for a store to a leaf without W, where there is a shorter way; `None`, and nothing done, if it is not plain
     /// enough for that.
     #[inline(always)]
-    pub(super) fn write_to_end(
-        &mut self,
-        plain: Plain,
-        end: (SptePos, Level),
-        leaf: Spte,
-    ) -> Option<Result<End, Rest>> {
+    pub(super) fn write_to_end(&mut self, plain: Plain, end: (SptePos, Level)) -> Option<Result<End, Rest>> {
         if end.1 != Level::PT || self.shadow.events.wants_any() {
             return None;
         }
-        match self.quick_write((end.0, leaf), plain, plain.value.filter(|_| plain.writes_tables)) {
+        match self.quick_write(end.0, plain) {
             Written::No => None,
             Written::Forbidden(base) => Some(Ok(End::Guest(self.guest_fault(plain.gva, base, store_code(plain.row))))),
             Written::Emulated => Some(Ok(End::Stored)),

@@ -230,7 +230,7 @@ impl Ctx<'_> {
         leaf: Spte,
     ) -> Option<Rest> {
         let plain = Words::of(&rows.all[rows.done]).plain(rows.options.no_values);
-        match self.write_to_end(plain, end, leaf) {
+        match self.write_to_end(plain, end) {
             Some(came) => self.end_row(rows, plain, came),
             None => self.run_other(rows, end, leaf),
         }

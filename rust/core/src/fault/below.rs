@@ -2,12 +2,13 @@
 
 use crate::bits::PT_A;
 use crate::config::MIN_FREE_PAGES;
+use crate::cpu::AccessRow;
 use crate::fault::Ctx;
-use crate::fault::quick::{LastTable, Plain, Quick, Translation};
+use crate::fault::quick::{LastTable, Quick, Translation};
 use crate::guest::gpte::Gpte;
 use crate::role::Role;
 use crate::shadow::spte::Spte;
-use crate::types::{ErrorCode, Gfn, Level, PageId, SptePos};
+use crate::types::{ErrorCode, Gfn, Gva, Level, PageId, SptePos};
 
 /// A last-level table of the guest.
 #[derive(Clone, Copy)]
@@ -16,17 +17,18 @@ struct Below {
     pde: Gpte,
     /// What is in it, and the rights above it.
     last: LastTable,
+    /// The role of the shadow's table.
+    wanted: Role,
 }
 
 impl Ctx<'_> {
     /// Handles the fault of an address to whose last-level tables no way is remembered. `None`, and nothing of the access
     /// done, if one is now: the fault can go it.
     #[inline(never)]
-    pub(super) fn fault_below(&mut self, root: PageId, plain: Plain, code: ErrorCode) -> Option<Quick> {
-        let gva = plain.gva;
-        let (directory, contents, granted) = loop {
+    pub(super) fn fault_below(&mut self, root: PageId, gva: Gva, row: AccessRow, code: ErrorCode) -> Option<Quick> {
+        let way = loop {
             if let Some(way) = self.ways.find_directory(root, gva, self.shadow) {
-                break (way.directory(), way.contents(&self.shadow.memory.host), way.granted());
+                break way;
             }
             if !self.seek_way(root, gva) {
                 return Some(Quick::No);
@@ -36,17 +38,21 @@ impl Ctx<'_> {
             }
         };
         let (host, role) = (&self.shadow.memory.host, &self.vcpu.role);
-        let pde = Gpte(host.entry_in(contents, role.mode.index(gva, Level::PD), role.mode.entry_bytes));
+        let contents = way.contents(host);
+        let pde = Gpte(match role.mode.entry_bytes {
+            8 => host.words_in(contents)[gva.index(Level::PD)],
+            bytes => host.entry_in(contents, role.mode.index(gva, Level::PD), bytes),
+        });
+        let (pos, granted) = (way.directory().entry(gva.index(Level::PD)), way.granted().and(pde.access()));
+        let wanted = way.role_below(pos, granted);
         let in_order =
             pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
         let near = if in_order { self.shadow.memory.near(pde.gfn()) } else { None };
         let Some(near) = near.filter(|near| near.is_plain(pde.gfn())) else { return Some(Quick::No) };
-        let last = LastTable { contents: near.contents(pde.gfn()), granted: granted.and(pde.access()) };
-        let (pos, below) = (directory.entry(gva.index(Level::PD)), Below { pde, last });
+        let last = LastTable { contents: near.contents(pde.gfn()), granted };
         if self.shadow.spte(pos) == Spte::EMPTY {
-            return self.fault_without_table((plain, code), pos, below);
+            return self.fault_without_table(gva, (row, code), pos, Below { pde, last, wanted });
         }
-        let wanted = self.shadow.arena[directory].role.child(pos.index(), false, last.granted);
         if !self.shadow.is_linked(pos, pde.gfn(), wanted) {
             return Some(Quick::No);
         }
@@ -59,16 +65,16 @@ impl Ctx<'_> {
     #[inline(always)]
     fn fault_without_table(
         &mut self,
-        (plain, code): (Plain, ErrorCode),
+        gva: Gva,
+        (row, code): (AccessRow, ErrorCode),
         pos: SptePos,
-        Below { pde, last }: Below,
+        Below { pde, last, wanted }: Below,
     ) -> Option<Quick> {
-        let gva = plain.gva;
         // The fault asks for room once, before it links, but the translation may be looked at again.
         if self.shadow.max_pages <= self.shadow.used_pages + MIN_FREE_PAGES {
             return Some(Quick::No);
         }
-        let (gfn, access) = match self.plain_translation(last, gva, code, plain.row) {
+        let (gfn, access) = match self.plain_translation(last, gva, row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return Some(Quick::Guest(self.guest_fault(gva, base, code))),
             Translation::Other => return Some(Quick::No),
@@ -76,25 +82,24 @@ impl Ctx<'_> {
         if !self.is_plain_frame(gfn) {
             return Some(Quick::No);
         }
-        let wanted = self.shadow.arena[pos.page()].role.child(pos.index(), false, last.granted);
-        let table = match self.shadow.new_table(pos, pde.gfn(), wanted) {
+        let (table, is_new) = match self.shadow.new_table(pos, pde.gfn(), wanted) {
             Some((table, flush)) => {
                 self.pay(flush);
-                table
+                (table, true)
             }
-            None => self.find_and_link(pos, pde.gfn(), wanted),
+            None => (self.find_and_link(pos, pde.gfn(), wanted), false),
         };
         if let Some(pages) = self.ways.goes_to_directory(gva, self.shadow.floods) {
             self.shadow.forget_floods(pages);
         }
         self.ways.remember(gva, table, (pde, last.contents, last.granted));
-        // A page that was there already may have the entry, and a frame may have become a table's own.
+        // A page that was there already may have the entry, and the frame may hold this very table.
         let pos = table.entry(gva.index(Level::PT));
-        if self.shadow.spte(pos) != Spte::EMPTY {
+        if !is_new && self.shadow.spte(pos) != Spte::EMPTY {
             return None;
         }
         let owed = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)?;
-        Some(self.after_new_leaf((plain, code), (pos, gfn), last, owed))
+        Some(self.after_new_leaf((row, code), (pos, gfn), last, owed))
     }
 
     #[inline(never)]

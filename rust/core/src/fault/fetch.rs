@@ -6,8 +6,8 @@ use crate::guest::walk::GuestWalk;
 use crate::memory::Host;
 use crate::outcome::RetPf;
 use crate::role::Role;
-use crate::shadow::Guest;
 use crate::shadow::make::Leaf;
+use crate::shadow::{Flush, Guest};
 use crate::types::{Access, Gfn, Level, PageId, Pfn, SptePos};
 
 /// How large the leaf becomes (`kvm_mmu_hugepage_adjust`, 6.1).
@@ -181,7 +181,7 @@ impl Ctx<'_> {
         if spte.is_table(level.0) && self.shadow.arena[spte.child()].role.access() != access {
             // The rights of the large page changed (validate_direct_spte, 6.1).
             self.shadow.unlink_child(pos);
-            self.pay(crate::shadow::Flush::when(true));
+            self.pay(Flush::when(true));
         }
         if self.shadow.is_linked(pos, base, role) {
             return self.shadow.spte(pos).child();
@@ -213,7 +213,7 @@ impl Ctx<'_> {
             let granted = self.shadow.arena[id].role.access();
             let contents = self.shadow.memory.host.contents(table);
             let flush = self.shadow.prefetch(pos, Guest { contents, granted, role: &self.vcpu.role });
-            self.pay(flush);
+            self.pay(flush.unwrap_or(Flush::NONE));
         }
     }
 

@@ -115,8 +115,8 @@ impl Ctx<'_> {
     /// (`__clear_sp_write_flooding_count` in `FNAME(fetch)`, 6.1).
     #[inline(always)]
     pub(crate) fn forget_floods(&mut self, gva: Gva) {
-        if let Some(pages) = self.ways.goes(gva, self.shadow.floods) {
-            self.shadow.forget_floods(pages);
+        if self.ways.goes(gva, self.shadow.floods) {
+            self.shadow.forget_floods(self.ways.upper_pages(gva));
         }
     }
 

@@ -103,11 +103,11 @@ impl Ctx<'_> {
             if let Some(way) = self.ways.find(root, gva, self.shadow) {
                 break (way.table, LastTable::of(way, &self.shadow.memory.host));
             }
-            if let Some(end) = self.fault_below(root, plain, code) {
+            if let Some(end) = self.fault_below(root, gva, plain.row, code) {
                 return end;
             }
         };
-        let (gfn, access) = match self.plain_translation(last, gva, code, plain.row) {
+        let (gfn, access) = match self.plain_translation(last, gva, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return Quick::Guest(self.guest_fault(gva, base, code)),
             Translation::Other => return Quick::No,
@@ -121,17 +121,20 @@ impl Ctx<'_> {
         if self.shadow.spte(pos) == Spte::EMPTY
             && let Some(owed) = self.shadow.set_plain_leaf::<false>(pos, gfn, access, PT_A)
         {
-            return self.after_new_leaf((plain, code), (pos, gfn), last, owed);
+            self.forget_floods(gva);
+            return self.after_new_leaf((plain.row, code), (pos, gfn), last, owed);
         }
         let Some((result, owed)) = self.set_quick_leaf(pos, gfn, access, code) else { return Quick::No };
-        self.count_quick(gva, code);
+        self.forget_floods(gva);
+        self.count_quick(code);
         if result == RetPf::Spurious {
             self.vcpu.counters.pf_spurious += 1;
             self.pay(owed);
             return Quick::Mapped(pos);
         }
         self.vcpu.counters.pf_fixed += u64::from(result == RetPf::Fixed);
-        self.after_leaf(pos, last, owed);
+        self.pay(owed);
+        self.after_leaf(pos, last);
         if result == RetPf::Fixed { Quick::Mapped(pos) } else { self.protected(root, gva, gfn) }
     }
 
@@ -139,36 +142,37 @@ impl Ctx<'_> {
     #[inline(always)]
     pub(super) fn after_new_leaf(
         &mut self,
-        (plain, code): (Plain, ErrorCode),
+        (row, code): (AccessRow, ErrorCode),
         (pos, gfn): (SptePos, Gfn),
         last: LastTable,
         owed: Flush,
     ) -> Quick {
-        self.count_quick(plain.gva, code);
+        self.count_quick(code);
         self.vcpu.counters.pf_fixed += 1;
-        self.after_leaf(pos, last, owed);
+        self.pay(owed);
+        self.after_leaf(pos, last);
         if self.vcpu.requests != Requests::default() {
             return Quick::Mapped(pos);
         }
         // What the guest allows, a new entry does: it has every right of the guest's, and A and D.
-        debug_assert!(self.vcpu.role.leaf_test(plain.row).passes(self.shadow.spte(pos).0));
+        debug_assert!(self.vcpu.role.leaf_test(row).passes(self.shadow.spte(pos).0));
         Quick::Allowed(gfn)
     }
 
-    /// The fault is taken, and goes all the way of its address.
+    /// The fault is taken.
     #[inline(always)]
-    pub(super) fn count_quick(&mut self, gva: Gva, code: ErrorCode) {
-        self.forget_floods(gva);
+    pub(super) fn count_quick(&mut self, code: ErrorCode) {
         self.count_fault(code);
         self.vcpu.counters.pf_taken += 1;
     }
 
-    /// What follows an entry that was made: its neighbours, and the flushes that both owe.
+    /// What follows an entry that was made: its neighbours.
     #[inline(always)]
-    pub(super) fn after_leaf(&mut self, pos: SptePos, last: LastTable, mut owed: Flush) {
+    pub(super) fn after_leaf(&mut self, pos: SptePos, last: LastTable) {
         let guest = Guest { contents: last.contents, granted: last.granted, role: &self.vcpu.role };
-        owed += self.shadow.prefetch(pos, guest);
-        self.pay(owed);
+        if let Some(owed) = self.shadow.prefetch(pos, guest) {
+            self.pay(owed);
+        }
         self.keep_unsync_limit();
     }
 
@@ -199,7 +203,7 @@ impl Ctx<'_> {
 
     /// What the guest's last-level entry says.
     #[inline(always)]
-    pub(super) fn plain_translation(&self, last: LastTable, gva: Gva, code: ErrorCode, row: AccessRow) -> Translation {
+    pub(super) fn plain_translation(&self, last: LastTable, gva: Gva, row: AccessRow) -> Translation {
         let (role, granted) = (&self.vcpu.role, last.granted);
         let host = &self.shadow.memory.host;
         let gpte = Gpte(match role.mode.entry_bytes {
@@ -213,19 +217,18 @@ impl Ctx<'_> {
         if role.guest_test(row).passes(gpte.0, granted) && room {
             return Translation::Page(gpte.gfn(), gpte.protect_clean(granted.and(gpte.access())));
         }
-        self.other_translation(gpte, granted, code, row.ac())
+        self.other_translation(gpte, granted, row)
     }
 
     /// What an entry says that is present but not in order at first sight.
     #[inline(never)]
-    fn other_translation(&self, gpte: Gpte, granted: Access, code: ErrorCode, ac: bool) -> Translation {
-        let role = &self.vcpu.role;
-        let write = code.has(ErrorCode::W);
+    fn other_translation(&self, gpte: Gpte, granted: Access, row: AccessRow) -> Translation {
+        let (role, write) = (&self.vcpu.role, row.is_store());
         if gpte.has_reserved(role, Level::PT) {
             return Translation::Fault(ErrorCode::P.with(ErrorCode::RSVD));
         }
         let granted = granted.and(gpte.access());
-        if permission_fault(role, granted, code, ac) {
+        if permission_fault(role, granted, row.code(), row.ac()) {
             return Translation::Fault(ErrorCode::P);
         }
         // Without the marks the walk would write the entry. A page that the supervisor may write although it is read-only

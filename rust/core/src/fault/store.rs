@@ -9,9 +9,7 @@ use crate::fault::Ctx;
 use crate::fault::emulate::APIC_GFN;
 use crate::fault::quick::{LastTable, Plain, Translation};
 use crate::memory::Contents;
-use crate::shadow::Flush;
-use crate::shadow::spte::Spte;
-use crate::types::{ErrorCode, Gpa, Gva, SptePos};
+use crate::types::{ErrorCode, Gpa, Gva, PageId, SptePos};
 
 /// How a store ended on this way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,25 +33,21 @@ pub(crate) const fn store_code(row: AccessRow) -> ErrorCode {
 }
 
 impl Ctx<'_> {
-    /// Handles the fault of a store to a page that `leaf` at `pos` maps without W. `stored` is what it stores, if KVM
-    /// counts it as one that writes page tables and the value is known. No events are recorded.
+    /// Handles the fault of a store to a page that the leaf at `pos` maps without W. No events are recorded.
     #[inline(always)]
-    pub(crate) fn quick_write(&mut self, (pos, leaf): (SptePos, Spte), plain: Plain, stored: Option<u64>) -> Written {
-        let (gva, code) = (plain.gva, store_code(plain.row));
+    pub(crate) fn quick_write(&mut self, pos: SptePos, plain: Plain) -> Written {
+        let gva = plain.gva;
         let Some(root) = self.vcpu.root.page() else { return Written::No };
-        let last = loop {
-            if let Some(way) = self.ways.find(root, gva, self.shadow) {
-                // Behind a link that is not what the guest's tables say now, the whole way makes another.
-                if way.table != pos.page() {
-                    return Written::No;
-                }
-                break LastTable::of(way, &self.shadow.memory.host);
-            }
-            if !self.seek_last_way(root, gva) {
-                return Written::No;
-            }
+        let Some(way) = self.ways.find(root, gva, self.shadow) else {
+            let Plain { gva, size, row, writes_tables, value } = plain;
+            return self.seek_to_write(root, pos, gva, (size, row, writes_tables), value);
         };
-        let (gfn, access) = match self.plain_translation(last, gva, code, plain.row) {
+        // Behind a link that is not what the guest's tables say now, the whole way makes another.
+        if way.table != pos.page() {
+            return Written::No;
+        }
+        let last = LastTable::of(way, &self.shadow.memory.host);
+        let (gfn, access) = match self.plain_translation(last, gva, plain.row) {
             Translation::Page(gfn, access) => (gfn, access),
             Translation::Fault(base) => return Written::Forbidden(base),
             Translation::Other => return Written::No,
@@ -62,15 +56,17 @@ impl Ctx<'_> {
         let Some(frame) = near.writable_frame(gfn).copied() else { return Written::No };
         let (contents, gpa) = (near.contents(gfn), Gpa(gfn.gpa().0 | gva.offset()));
         if frame.track > 0 {
-            let Some(value) = stored else { return Written::No };
-            return self.store_to_table((gpa, contents), gva, (plain.size, value), code);
+            let Plain { gva, size, row, writes_tables, value } = plain;
+            let Some(value) = value.filter(|_| writes_tables) else { return Written::No };
+            return self.store_to_table(gpa, contents, gva, size, row, value);
         }
-        if self.shadow.unprotect_plain_leaf((pos, leaf), gfn, access, frame.tables > 0).is_none() {
+        if !self.shadow.unprotect_plain_leaf(pos, gfn, access, frame.tables) {
             return Written::No;
         }
-        self.count_quick(gva, code);
+        self.forget_floods(gva);
+        self.count_quick(store_code(plain.row));
         self.vcpu.counters.pf_fixed += 1;
-        self.after_leaf(pos, last, Flush::NONE);
+        self.after_leaf(pos, last);
         // A prefetch may owe a flush; then the store is made when it is paid.
         if self.vcpu.requests != Requests::default() {
             return Written::Again;
@@ -81,20 +77,37 @@ impl Ctx<'_> {
         Written::Made
     }
 
+    /// The same where no way to the last-level tables is remembered. It is looked for, apart from the way of most. What the
+    /// access is comes in pieces, so that most need not have it in memory.
+    #[inline(never)]
+    fn seek_to_write(
+        &mut self,
+        root: PageId,
+        pos: SptePos,
+        gva: Gva,
+        (size, row, writes_tables): (u8, AccessRow, bool),
+        value: Option<u64>,
+    ) -> Written {
+        let plain = Plain { gva, size, row, writes_tables, value };
+        if self.seek_last_way(root, gva) { self.quick_write(pos, plain) } else { Written::No }
+    }
+
     /// A store to a write-tracked page, emulated (`x86_emulate_instruction`, 6.1).
     #[inline(never)]
     fn store_to_table(
         &mut self,
-        (gpa, contents): (Gpa, Contents),
+        gpa: Gpa,
+        contents: Contents,
         gva: Gva,
-        (size, value): (u8, u64),
-        code: ErrorCode,
+        size: u8,
+        row: AccessRow,
+        value: u64,
     ) -> Written {
         let (generation, gfn) = (self.shadow.memory.generation, gpa.gfn());
         if self.vcpu.mmio_matches(gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation) || gfn.0 == APIC_GFN {
             return Written::No;
         }
-        self.count_fault(code);
+        self.count_fault(store_code(row));
         let counters = &mut self.vcpu.counters;
         counters.pf_taken += 1;
         counters.pf_emulate += 1;

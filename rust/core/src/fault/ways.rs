@@ -11,8 +11,9 @@
 use crate::guest::gpte::Gpte;
 use crate::guest::walk::{GuestWalk, Step};
 use crate::memory::{Contents, Host};
+use crate::role::Role;
 use crate::shadow::Shadow;
-use crate::types::{Access, Gfn, Gva, Level, PageId};
+use crate::types::{Access, Gfn, Gva, Level, PageId, SptePos};
 
 /// How many ways to last-level tables a vCPU remembers: one for each 2 MiB region, by its number.
 const LAST: usize = 64;
@@ -88,6 +89,8 @@ pub(crate) struct DirectoryWay {
     track: Track,
     floods: u64,
     contents: Contents,
+    /// The role of a table below the directory, but for the rights.
+    below: Role,
     /// The shadow pages on it, by level - 1; those that it does not come to are its root.
     pub path: Path,
     /// The guest's walk down to the directory; every entry on it has A.
@@ -125,7 +128,7 @@ impl Way {
 impl DirectoryWay {
     const fn none() -> Self {
         let (track, path, walk) = (Track::NONE, [PageId(0); 5], GuestWalk::start());
-        Self { track, floods: 0, contents: Contents::NOTHING, path, walk }
+        Self { track, floods: 0, contents: Contents::NOTHING, below: Role(0), path, walk }
     }
 
     /// The shadow's directory.
@@ -138,6 +141,12 @@ impl DirectoryWay {
     #[inline(always)]
     pub(crate) fn contents(&self, host: &Host) -> Contents {
         contents(self.contents, self.walk.steps[1].table, host)
+    }
+
+    /// The role of the table below an entry that the guest grants rights above it.
+    #[inline(always)]
+    pub(crate) const fn role_below(&self, pos: SptePos, granted: Access) -> Role {
+        self.below.with_place(pos.index(), granted)
     }
 
     /// The rights above it.
@@ -258,18 +267,26 @@ impl Ways {
         let region = gva.0 >> shift(Level::PD);
         let (track, contents) =
             (Track::new(region, root, path[1], shadow), shadow.memory.host.contents(walk.steps[1].table));
-        let way = DirectoryWay { track, floods: !0, contents, path: *path, walk: *walk };
+        let below = shadow.arena[path[1]].role.child(0, false, Access::NONE);
+        let way = DirectoryWay { track, floods: !0, contents, below, path: *path, walk: *walk };
         self.directories[region as usize % DIRECTORIES] = way;
     }
 
-    /// A fault goes the way of an address, which is remembered. Gives the pages on it above the last level, against which
-    /// alone writes are counted, if one was counted against any page since the last fault went it.
+    /// A fault goes the way of an address, which is remembered. Whether a write was counted against any page since the last
+    /// one went it.
     #[inline(always)]
-    pub(crate) fn goes(&mut self, gva: Gva, floods: u64) -> Option<[PageId; 4]> {
+    pub(crate) fn goes(&mut self, gva: Gva, floods: u64) -> bool {
         let way = &mut self.last[(gva.0 >> shift(Level::PT)) as usize % LAST];
         debug_assert_eq!(way.track.region, gva.0 >> shift(Level::PT));
+        std::mem::replace(&mut way.floods, floods) != floods
+    }
+
+    /// The pages on that way above the last level, against which alone writes are counted.
+    #[inline(always)]
+    pub(crate) fn upper_pages(&self, gva: Gva) -> [PageId; 4] {
+        let way = &self.last[(gva.0 >> shift(Level::PT)) as usize % LAST];
         let [a, b, c] = way.upper;
-        (std::mem::replace(&mut way.floods, floods) != floods).then_some([way.track.directory, a, b, c])
+        [way.track.directory, a, b, c]
     }
 
     /// The same for the way to its directory.
@@ -277,8 +294,8 @@ impl Ways {
     pub(crate) fn goes_to_directory(&mut self, gva: Gva, floods: u64) -> Option<[PageId; 4]> {
         let way = &mut self.directories[(gva.0 >> shift(Level::PD)) as usize % DIRECTORIES];
         debug_assert_eq!(way.track.region, gva.0 >> shift(Level::PD));
-        let [_, pages @ ..] = way.path;
-        (std::mem::replace(&mut way.floods, floods) != floods).then_some(pages)
+        let moved = std::mem::replace(&mut way.floods, floods) != floods;
+        moved.then(|| [way.path[1], way.path[2], way.path[3], way.path[4]])
     }
 
     /// Forgets everything: walks obey other rules now.

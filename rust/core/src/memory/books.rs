@@ -98,16 +98,16 @@ impl Memory {
     /// Whether the region around a frame turns out to be open: all of it is in one slot, which takes writes and logs none.
     #[inline(never)]
     pub fn opens(&mut self, gfn: Gfn) -> bool {
-        self.begins(gfn) && self.is_open(gfn)
+        self.begin(gfn).is_some() && self.is_open(gfn)
     }
 
-    /// Whether a frame has a slot. Then its region gets room of its own, and is open if it can be.
+    /// Gives the region around a frame that has a slot room of its own; it is open if it can be. Its number.
     #[inline(never)]
-    fn begins(&mut self, gfn: Gfn) -> bool {
-        let Some(slot) = self.slot(gfn) else { return false };
+    fn begin(&mut self, gfn: Gfn) -> Option<u32> {
+        let slot = self.slot(gfn)?;
         let open = !slot.readonly && !slot.logs_dirty() && slot.covers(gfn, Level::PD);
         self.host.frames.region_mut(gfn).open = open;
-        true
+        Some(self.host.frames.number(gfn))
     }
 
     /// Whether the region around a frame is known to be open.
@@ -133,7 +133,9 @@ impl Memory {
     /// The region around a frame in a slot.
     #[inline(always)]
     fn region_in_slot(&mut self, gfn: Gfn) -> Option<&mut Region> {
-        if self.is_open(gfn) || self.begins(gfn) { Some(self.host.frames.region_mut(gfn)) } else { None }
+        let number = self.host.frames.number(gfn);
+        let number = if self.host.frames.at(number).open { number } else { self.begin(gfn)? };
+        Some(self.host.frames.at(number))
     }
 
     /// The list of leaf entries of `level` that map a frame.

@@ -131,9 +131,16 @@ impl Frames {
         &self.regions[self.number(gfn) as usize]
     }
 
+    /// Its number.
     #[inline(always)]
-    fn number(&self, gfn: Gfn) -> u32 {
+    pub(super) fn number(&self, gfn: Gfn) -> u32 {
         self.map.get((gfn.0 >> REGION_SHIFT) as usize).copied().unwrap_or(ABSENT)
+    }
+
+    /// The region of a number, to change it.
+    #[inline(always)]
+    pub(super) fn at(&mut self, number: u32) -> &mut Region {
+        &mut self.regions[number as usize]
     }
 
     /// The region around a frame, to change it, if it is open.
@@ -141,7 +148,7 @@ impl Frames {
     pub(super) fn open_region(&mut self, gfn: Gfn) -> Option<&mut Region> {
         let number = self.number(gfn);
         // The shared ones never are.
-        Some(&mut *self.regions[number as usize]).filter(|region| region.open)
+        Some(self.at(number)).filter(|region| region.open)
     }
 
     /// Whether a region has something of its own.

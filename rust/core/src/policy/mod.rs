@@ -139,6 +139,10 @@ pub struct Decisions {
     asks: Asks,
     /// It asks for anything.
     asks_any: bool,
+    /// The groups are KVM's, whatever the page.
+    prefetches_like_kvm: bool,
+    /// Every page may go out of sync, and as many as like.
+    unsyncs_like_kvm: bool,
     policy: Box<dyn Policy>,
 }
 
@@ -163,7 +167,10 @@ impl Decisions {
         rules.prefetch = group(rules.prefetch);
         rules.unsync_limit = rules.unsync_limit.map(|limit| limit.max(1).saturating_mul(vcpus as u32));
         let asks = policy.asks();
-        Self { rules, asks, asks_any: asks.may_unsync || asks.flood_threshold || asks.prefetch, policy }
+        let asks_any = asks.may_unsync || asks.flood_threshold || asks.prefetch;
+        let prefetches_like_kvm = rules.prefetch == PREFETCH && !asks.prefetch;
+        let unsyncs_like_kvm = rules.may_unsync && !asks.may_unsync && rules.unsync_limit.is_none();
+        Self { rules, asks, asks_any, prefetches_like_kvm, unsyncs_like_kvm, policy }
     }
 
     /// Whether a page may go out of sync.
@@ -188,14 +195,14 @@ impl Decisions {
     #[inline]
     #[must_use]
     pub const fn prefetches_like_kvm(&self) -> bool {
-        self.rules.prefetch == PREFETCH && !self.asks.prefetch
+        self.prefetches_like_kvm
     }
 
-    /// Whether every page may go out of sync.
+    /// Whether every page may go out of sync, and as many as like.
     #[inline]
     #[must_use]
     pub const fn unsyncs_like_kvm(&self) -> bool {
-        self.rules.may_unsync && !self.asks.may_unsync
+        self.unsyncs_like_kvm
     }
 
     /// Whether the policy could not decide at some time.

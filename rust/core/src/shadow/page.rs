@@ -60,6 +60,14 @@ impl Page {
         self.role.level()
     }
 
+    /// The next older page of its bucket.
+    #[inline(always)]
+    #[must_use]
+    pub const fn older(&self) -> Option<PageId> {
+        let at = self.hash[1];
+        if at == NONE { None } else { Some(PageId(at)) }
+    }
+
     /// Whether a guest table stands behind it (`sp_has_gptes`, 6.1).
     #[inline]
     #[must_use]
@@ -131,7 +139,8 @@ impl Arena {
     fn alloc_below(&mut self, gfn: Gfn, role: Role, generation: u8, parents: RmapHead) -> PageId {
         let (head, newest) = (bucket(gfn), self.newest);
         let next = self.buckets[head];
-        let page = Page {
+        // Not made before it is known where: it is longer than registers hold.
+        let page = || Page {
             gfn,
             role,
             parents,
@@ -149,10 +158,10 @@ impl Arena {
             next_zapped: None,
         };
         let id = if let Some(id) = self.free.pop() {
-            self[id] = page;
+            self[id] = page();
             id
         } else {
-            self.push(page)
+            self.push(page())
         };
         self.buckets[head] = id.0;
         if next != NONE {
@@ -339,8 +348,7 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn chain_next(&self, id: PageId) -> Option<PageId> {
-        let at = self[id].hash[1];
-        (at != NONE).then_some(PageId(at))
+        self[id].older()
     }
 
     /// The active pages, oldest first.

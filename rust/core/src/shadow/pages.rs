@@ -146,7 +146,7 @@ impl Shadow {
     }
 
     /// Forgets the writes counted against pages.
-    #[inline(always)]
+    #[inline(never)]
     pub(crate) fn forget_floods(&mut self, pages: [PageId; 4]) {
         for id in pages {
             self.arena[id].flood = 0;

@@ -92,38 +92,36 @@ impl Shadow {
         only
     }
 
-    /// Gives W to a leaf `old` that a store faulted on (`make_spte`, 6.1), of a frame that is not write-tracked and otherwise
-    /// plain; `tables` that lie in it go out of step. `None`, and nothing done, if it is not plain. Nothing that the CPU may
-    /// hold goes away, so that no flush is owed.
+    /// Gives W to a leaf that a store faulted on (`make_spte`, 6.1), of a frame that is not write-tracked and otherwise plain;
+    /// the `tables` that lie in it go out of step. `false`, and nothing done, if it is not plain. Nothing that the CPU may hold
+    /// goes away, so that no flush is owed.
     #[inline(always)]
-    pub(crate) fn unprotect_plain_leaf(
-        &mut self,
-        (pos, old): (SptePos, Spte),
-        gfn: Gfn,
-        access: Access,
-        tables: bool,
-    ) -> Option<()> {
-        debug_assert!(old == self.spte(pos) && old.lacks_w());
-        if old.pfn() != Host::pfn(gfn) {
-            return None;
+    pub(crate) fn unprotect_plain_leaf(&mut self, pos: SptePos, gfn: Gfn, access: Access, tables: u16) -> bool {
+        let (old, new) = (self.spte(pos), Spte(leaf_bits(gfn, access) | PT_A));
+        debug_assert!(old.lacks_w() && access.has(Access::W) && !old.update_needs_flush(new));
+        if tables > 0 && !self.policy.unsyncs_like_kvm() {
+            return false;
         }
-        if tables {
-            if !self.policy.unsyncs_like_kvm() {
-                return None;
+        if !self.arena.maps(pos, gfn, access) {
+            // The guest's entry is another now.
+            if old.pfn() != Host::pfn(gfn) {
+                return false;
             }
-            let allowed = self.unsync_tables(gfn, true, false);
-            debug_assert!(allowed, "nothing else forbids it");
+            self.arena.set_mapped(pos, gfn, access);
         }
-        let new = Spte(leaf_bits(gfn, access) | PT_A);
-        debug_assert!(access.has(Access::W) && !old.update_needs_flush(new) && self.arena.mapped_gfn(pos) == gfn);
-        self.arena.update_leaf(pos, new, gfn, access);
-        Some(())
+        debug_assert_eq!(old.pfn(), Host::pfn(gfn), "no leaf maps a page that the host replaced");
+        if tables > 0 {
+            self.unsync_all_tables(gfn, tables);
+        }
+        self.arena.update_spte(pos, new);
+        true
     }
 
     /// Fills the neighbours of a faulting entry, up to the first whose guest entry cannot be mapped without a fault
     /// (`FNAME(pte_prefetch)`, 6.1). Often there are none: all are there, or the first that is not has nothing behind it.
+    /// `None` if nothing is owed.
     #[inline(always)]
-    pub(crate) fn prefetch(&mut self, pos: SptePos, guest: Guest<'_>) -> Flush {
+    pub(crate) fn prefetch(&mut self, pos: SptePos, guest: Guest<'_>) -> Option<Flush> {
         let Guest { contents, granted, role } = guest;
         // An MMIO entry is neither empty nor present.
         if role.mode.entry_bytes == 8 && !self.has_mmio && self.policy.prefetches_like_kvm() {
@@ -132,13 +130,13 @@ impl Shadow {
             let first = there.trailing_ones() as usize;
             let gpte = self.memory.host.words_in(contents)[(start + first) % ENTRIES];
             if first == PREFETCH || gpte & (PT_P | PT_A) != PT_P | PT_A {
-                return Flush::NONE;
+                return None;
             }
             if self.prefetch_eight(pos, !there, contents, granted, role) {
-                return Flush::NONE;
+                return None;
             }
         }
-        self.prefetch_group(pos, contents, granted, role)
+        Some(self.prefetch_group(pos, contents, granted, role))
     }
 
     /// The same for a group of KVM's size of which those in a set are empty and all others present, as far as all is plain:

@@ -55,6 +55,30 @@ impl Shadow {
         true
     }
 
+    /// The same for all `tables` in a frame that is not write-tracked, where the policy lets every page go out of sync and no
+    /// events are recorded. Nearly always there is one, the newest page of its bucket, below one entry.
+    #[inline(never)]
+    pub(crate) fn unsync_all_tables(&mut self, gfn: Gfn, tables: u16) {
+        debug_assert!(self.policy.unsyncs_like_kvm() && !self.events.wants_any());
+        let Self { arena, lists, counters, .. } = self;
+        if let Some(id) = arena.chain_first(gfn)
+            && tables == 1
+            && let page = &mut arena[id]
+            && page.gfn == gfn
+            && page.has_gptes()
+            // A root that was zapped while it is in use stays in its bucket.
+            && !page.role.invalid()
+            && !page.unsync
+            && let Some(parent) = lists.only(page.parents)
+        {
+            page.unsync = true;
+            counters.mmu_unsync += 1;
+            return self.mark_entry_unsync(parent.page(), parent.index());
+        }
+        let allowed = self.unsync_tables(gfn, true, false);
+        debug_assert!(allowed, "nothing else forbids it");
+    }
+
     #[inline(always)]
     fn policy_allows_unsync(&mut self, id: PageId) -> bool {
         let Self { policy, arena, .. } = self;
