@@ -340,8 +340,13 @@ mod tests {
 
     impl Run {
         fn new(agile: AgileSetup) -> Self {
+            Self::over(agile, true)
+        }
+
+        /// Over a second stage that is warm or not.
+        fn over(agile: AgileSetup, warm: bool) -> Self {
             let sizes = USUAL.without_walk_caches();
-            let setup = NestedSetup { sizes, nested_tlb: 0, warm: true, level: Level::PT, agile: Some(agile) };
+            let setup = NestedSetup { sizes, nested_tlb: 0, warm, level: Level::PT, agile: Some(agile) };
             Self(with_tables(), Nested::new(1, setup).unwrap())
         }
 
@@ -355,6 +360,7 @@ mod tests {
                 guest_references: now.guest_references - before.guest_references,
                 host_references: now.host_references - before.host_references,
                 guest_faults: now.guest_faults - before.guest_faults,
+                stage_faults: now.stage_faults - before.stage_faults,
                 ..now
             };
             let change = AgileCounts {
@@ -415,6 +421,18 @@ mod tests {
         assert_eq!((agile.table_stores, agile.fills), (1, 1), "one exit for the store, then the page itself");
         let (_, agile, _) = run.rows(&[row(OpCode::Write, (8 << 12) + 8 * 300, 0), row(OpCode::Read, 0, 0)]);
         assert_eq!((agile.table_stores, agile.fills), (1, 0), "another entry");
+    }
+
+    #[test]
+    fn a_fill_brings_the_page_only_if_the_whole_walk_is_in_the_shadow() {
+        let mut run = Run::over(SETUP, false);
+        let (counts, agile, _) = run.rows(&[row(OpCode::Read, 0, 0)]);
+        assert_eq!((agile.fills, counts.stage_faults), (1, 0), "one exit for both");
+        run.rows(&two_stores(8, 300));
+        let (counts, agile, _) =
+            run.rows(&[row(OpCode::Write, (9 << 12) + 8, 0x4007), row(OpCode::Read, 0x20_1000, 0)]);
+        assert_eq!((agile.table_stores, agile.fills), (1, 1), "the directory's entry, above the changeover");
+        assert_eq!(counts.stage_faults, 1, "the page, which the CPU comes to by itself");
     }
 
     #[test]

@@ -19,8 +19,7 @@ pub(super) struct How {
 }
 
 impl Nested {
-    /// What the hardware did for an access that goes through.
-    /// What the hypervisor emulates (`emulated`) took its exit already.
+    /// What the hardware did for an access that goes through. What the hypervisor emulates (`emulated`) took its exit already.
     pub(super) fn count(&mut self, vm: &mut Vm, number: usize, gva: Gva, walk: &GuestWalk, how: How) {
         let How { write, emulated } = how;
         let vcpu = &vm.vcpus[number];
@@ -47,7 +46,7 @@ impl Nested {
             agile.note_references(u64::from(walk.level.0.saturating_sub(self.stage.level().0)));
         }
         let exit = self.stage.touch(vm, walk.gfn, write);
-        // The exit that fills the shadow brings the page, too.
+        // The exit that fills the shadow down to the page brings that, too.
         self.note(if filled { StageExit::None } else { exit });
         // A page is kept at the smaller of its two sizes.
         let level = walk.level.min(self.stage.level()).max(Level::PT);
@@ -67,7 +66,8 @@ impl Nested {
         if missing && !*filled {
             agile.note_fill();
         }
-        *filled |= missing;
+        // A fill that ends above the last level leaves the CPU to walk on, so that the page has an exit of its own.
+        *filled |= missing && at.0 == 0;
         at
     }
 
