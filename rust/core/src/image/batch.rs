@@ -1,9 +1,10 @@
 //! Many addresses at a time.
 
 use crate::guest::gpte::Gpte;
-use crate::image::walk::{At, Found, Next};
+use crate::image::walk::{At, Found, Next, layout, leaf};
 use crate::image::{Fault, Image, Source, Viewer};
 use crate::types::{Access, Gva, Level};
+use std::hint::select_unpredictable;
 
 /// Addresses and the arrays that take what is found, all of one length.
 #[derive(Debug)]
@@ -59,11 +60,11 @@ impl<'a> Iterator for Blocks<'a> {
     }
 }
 
-/// Addresses that go down together.
-const STAGE: usize = 128;
+/// Addresses that go down together: so many that the wait for the last entries of a stage is small beside the rest.
+const STAGE: usize = 1024;
 /// Directories (of 1 GiB) that are remembered.
 const DIRECTORIES: usize = 256;
-/// No table stands here, and no image reaches so far.
+/// From here on no table stands, and no image reaches so far.
 const NOWHERE: u64 = !0 << 12;
 
 /// The way to the directory (level 2) of a GiB.
@@ -73,19 +74,27 @@ struct Directory {
     at: At,
 }
 
-/// A batch at work. Addresses go down in stages: the directory, which is mostly remembered; its entry; the last entry;
-/// what it means. So the memory works on many of them at a time, and each stage is a short loop. Whether a page is large
-/// changes no branch: its entry in the directory is read again, as the last one.
+/// A batch at work. Addresses go down in stages, each step for all of a stage before the next: the directory, which is
+/// mostly remembered; its entry; what that says; the last entry; what that says. Entries are read by loops that do
+/// nothing else, so that the CPU has as many of them under way as it can.
 struct Batch<'a, S, const SIZE: usize, const TOP: u8> {
     viewer: &'a Viewer,
     source: &'a S,
     cr3: u64,
-    directories: Vec<Directory>,
-    /// Of each address: where its last entry stands, of what level, the rights above it, and the entry.
+    directories: Box<[Directory; DIRECTORIES]>,
+}
+
+/// The addresses of a stage. Each loop over them is a function of its own, to which viewer and source come as arguments:
+/// so the compiler knows that nothing it writes changes them.
+struct Stage<const SIZE: usize> {
+    /// Where the entry stands that is looked at; from [`NOWHERE`] on if the walk has ended.
     slots: [u64; STAGE],
-    levels: [u8; STAGE],
-    granted: [Access; STAGE],
+    /// The entry; 0 if it is not in the image.
     entries: [u64; STAGE],
+    /// The rights that the entries above grant.
+    granted: [Access; STAGE],
+    /// Whether the directory's entry is the last one.
+    large: [bool; STAGE],
 }
 
 impl Viewer {
@@ -114,45 +123,28 @@ impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
     fn run(viewer: &'a Viewer, source: &'a S, cr3: u64, block: Block<'_>) {
         // No address has this GiB.
         let none = Directory { gib: !0, at: At { table: NOWHERE, granted: Access::NONE } };
-        let (directories, slots, levels) = (vec![none; DIRECTORIES], [NOWHERE; STAGE], [1; STAGE]);
-        let (granted, entries) = ([Access::NONE; STAGE], [0; STAGE]);
-        let mut batch = Self { viewer, source, cr3, directories, slots, levels, granted, entries };
+        let mut batch = Self { viewer, source, cr3, directories: Box::new([none; DIRECTORIES]) };
+        let mut stage = Stage::<SIZE>::new();
         for mut part in block.parts(STAGE) {
-            batch.find_slots(&mut part);
-            batch.read_entries(&mut part);
-            batch.finish(&mut part);
+            batch.find_directories(&mut stage, &mut part);
+            stage.read_entries(source, 2, &mut part);
+            stage.descend(viewer, &mut part);
+            stage.read_entries(source, 1, &mut part);
+            stage.finish(viewer, &mut part);
         }
     }
 
-    /// Finds where the last entry of each address stands; of one whose walk ends before, that is noted.
-    #[inline]
-    fn find_slots(&mut self, part: &mut Block<'_>) {
-        for i in 0..part.gvas.len() {
-            if let Err(found) = self.find_slot(i, Gva(part.gvas[i])) {
+    #[inline(never)]
+    fn find_directories(&mut self, stage: &mut Stage<SIZE>, part: &mut Block<'_>) {
+        for i in 0..part.gvas.len().min(STAGE) {
+            let gva = Gva(part.gvas[i]);
+            let at = self.directory(gva).unwrap_or_else(|found| {
                 part.set(i, found);
-                self.slots[i] = NOWHERE;
-            }
+                At { table: NOWHERE, granted: Access::NONE }
+            });
+            stage.slots[i] = slot::<SIZE>(at.table, gva, Level::PD);
+            stage.granted[i] = at.granted;
         }
-    }
-
-    #[inline(always)]
-    fn find_slot(&mut self, i: usize, gva: Gva) -> Result<(), Found> {
-        let (role, at) = (&self.viewer.role, self.directory(gva)?);
-        let (bits, mask) = if SIZE == 4 { (10, 1023) } else { (9, 511) };
-        let slot = at.table + SIZE as u64 * (gva.0 >> (12 + bits) & mask);
-        let Some(raw) = self.source.entry::<SIZE>(slot) else {
-            return Err(Found::nowhere(Fault::NotInImage, 2, at.granted));
-        };
-        let pde = Gpte(raw);
-        if !pde.present() || pde.has_reserved(role, Level::PD) {
-            return Err(self.viewer.last(pde, 2, gva, at.granted));
-        }
-        let large = pde.is_leaf(role, Level::PD);
-        let below = pde.gfn().gpa().0 + SIZE as u64 * (gva.0 >> 12 & mask);
-        self.slots[i] = if large { slot } else { below };
-        self.levels[i] = 1 + u8::from(large);
-        self.granted[i] = Access(at.granted.0 & (pde.access().0 | if large { Access::ALL.0 } else { 0 }));
-        Ok(())
     }
 
     #[inline(always)]
@@ -175,28 +167,90 @@ impl<'a, S: Source, const SIZE: usize, const TOP: u8> Batch<'a, S, SIZE, TOP> {
         self.directories[gib as usize % DIRECTORIES] = Directory { gib, at };
         Ok(at)
     }
+}
 
-    #[inline]
-    fn read_entries(&mut self, part: &mut Block<'_>) {
+#[inline(always)]
+fn slot<const SIZE: usize>(table: u64, gva: Gva, level: Level) -> u64 {
+    table + (SIZE * layout::<SIZE>().index(gva, level)) as u64
+}
+
+impl<const SIZE: usize> Stage<SIZE> {
+    const fn new() -> Self {
+        Self { slots: [NOWHERE; STAGE], entries: [0; STAGE], granted: [Access::NONE; STAGE], large: [false; STAGE] }
+    }
+
+    #[inline(never)]
+    fn read_entries(&mut self, source: &impl Source, level: u8, part: &mut Block<'_>) {
+        let (count, mut missing) = (part.gvas.len(), false);
+        for (slot, entry) in self.slots[..count].iter().zip(&mut self.entries[..count]) {
+            if let Some(raw) = source.entry::<SIZE>(*slot) {
+                *entry = raw;
+            } else {
+                *entry = 0;
+                missing |= *slot < NOWHERE;
+            }
+        }
+        if missing {
+            self.end_missing(source, level, part);
+        }
+    }
+
+    /// Ends the walks whose entry is not in the image.
+    #[cold]
+    fn end_missing(&mut self, source: &impl Source, level: u8, part: &mut Block<'_>) {
         for i in 0..part.gvas.len() {
-            if let Some(entry) = self.source.entry::<SIZE>(self.slots[i]) {
-                self.entries[i] = entry;
-            } else if self.slots[i] != NOWHERE {
-                part.set(i, Found::nowhere(Fault::NotInImage, 1, self.granted[i]));
-                self.slots[i] = NOWHERE;
+            let slot = &mut self.slots[i];
+            if self.entries[i] == 0 && *slot < NOWHERE && source.entry::<SIZE>(*slot).is_none() {
+                part.set(i, Found::nowhere(Fault::NotInImage, level, self.granted[i]));
+                *slot = NOWHERE;
             }
         }
     }
 
-    #[inline]
-    fn finish(&self, part: &mut Block<'_>) {
-        let found = part.gpa.iter_mut().zip(&mut *part.level).zip(&mut *part.flags).zip(&mut *part.fault);
-        let walks = part.gvas.iter().zip(&self.slots).zip(&self.levels).zip(&self.granted).zip(&self.entries);
-        for (((((gva, slot), at), granted), entry), (((gpa, level), flags), fault)) in walks.zip(found) {
-            if *slot != NOWHERE {
-                let found = self.viewer.last(Gpte(*entry), *at, Gva(*gva), *granted);
-                (*gpa, *level, *flags, *fault) = (found.gpa, found.level, found.flags, found.fault as u8);
+    /// From the directory's entry to the last one. A large page changes no branch: its entry is read again.
+    #[inline(never)]
+    fn descend(&mut self, viewer: &Viewer, part: &mut Block<'_>) {
+        let (gvas, role) = (part.gvas, &viewer.role);
+        for (i, gva) in gvas.iter().enumerate().take(STAGE) {
+            let (pde, gva) = (Gpte(self.entries[i]), Gva(*gva));
+            if !pde.present() || pde.has_reserved(role, Level::PD) {
+                if self.slots[i] < NOWHERE {
+                    part.set(i, last::<SIZE>(viewer, pde, 2, gva, self.granted[i]));
+                    self.slots[i] = NOWHERE;
+                }
+                continue;
             }
+            let (large, below) = (pde.is_leaf(role, Level::PD), slot::<SIZE>(pde.gfn().gpa().0, gva, Level::PT));
+            self.slots[i] = select_unpredictable(large, self.slots[i], below);
+            self.granted[i] = self.granted[i].and(pde.access());
+            self.large[i] = large;
         }
     }
+
+    /// What the last entries say. Those of large pages have no reserved bit, or the walk had ended before; so the bits
+    /// that are reserved in small pages' entries, and in large ones' as well, do for both.
+    #[inline(never)]
+    fn finish(&self, viewer: &Viewer, part: &mut Block<'_>) {
+        let (gvas, count) = (part.gvas, part.gvas.len().min(STAGE));
+        let (gpa, level) = (&mut part.gpa[..count], &mut part.level[..count]);
+        let (flags, fault) = (&mut part.flags[..count], &mut part.fault[..count]);
+        for i in 0..count {
+            let (gpte, gva, granted) = (Gpte(self.entries[i]), Gva(gvas[i]), self.granted[i]);
+            let (at, rights) = (1 + u8::from(self.large[i]), granted.and(gpte.access()));
+            let found = if gpte.present() && !gpte.has_reserved(&viewer.role, Level::PT) && viewer.allows(rights) {
+                leaf::<SIZE>(gpte, at, gva, rights)
+            } else if self.slots[i] < NOWHERE {
+                last::<SIZE>(viewer, gpte, at, gva, granted)
+            } else {
+                continue;
+            };
+            (gpa[i], level[i], flags[i], fault[i]) = (found.gpa, found.level, found.flags, found.fault as u8);
+        }
+    }
+}
+
+/// What an entry says that is no plain one. Apart from the loops, which then keep all they need in registers.
+#[inline(never)]
+fn last<const SIZE: usize>(viewer: &Viewer, gpte: Gpte, level: u8, gva: Gva, granted: Access) -> Found {
+    viewer.last::<SIZE>(gpte, level, gva, granted)
 }

@@ -13,9 +13,9 @@ pub use walk::{Fault, Found, Step};
 
 use crate::bits::{CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NX};
 use crate::config::{CpuFeatures, Vendor, ZEN};
-use crate::cpu::{CpuRole, Registers};
+use crate::cpu::{CpuRole, Registers, permission_fault};
 use crate::error::{ConfigError, refuse};
-use crate::types::{AccessKind, ErrorCode};
+use crate::types::{Access, AccessKind, ErrorCode};
 
 /// Whether the access is meant, and by whom.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +57,8 @@ const NAMES: &[(&str, u64, u64)] = &[
 pub struct Viewer {
     role: CpuRole,
     cpu: CpuFeatures,
-    access: ErrorCode,
+    /// A bit for each set of rights that does not allow the access.
+    forbidden: u8,
 }
 
 impl Viewer {
@@ -85,7 +86,9 @@ impl Viewer {
         };
         let cpu = CpuFeatures { vendor: Vendor::Intel, gbpages: true, maxphyaddr: rules.maxphyaddr, ..ZEN };
         let access = rules.kind.code().with(ErrorCode::U.when(rules.user));
-        Ok(Self { role: CpuRole::of(&regs, &cpu), cpu, access })
+        let role = CpuRole::of(&regs, &cpu);
+        let forbidden = (0..8).filter(|rights| permission_fault(&role, Access(*rights), access, false));
+        Ok(Self { role, cpu, forbidden: forbidden.fold(0, |all, rights| all | 1 << rights) })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where the bytes of an image are.
 
+use crate::bits::PT_ADDR;
 use crate::error::{ConfigError, refuse};
 
 /// Bytes that stand at a physical address.
@@ -19,10 +20,14 @@ pub trait Source {
 
 #[inline(always)]
 fn read<const SIZE: usize>(bytes: &[u8], at: usize) -> Option<u64> {
-    let entry = bytes.get(at..)?.first_chunk::<SIZE>()?;
+    bytes.get(at..)?.first_chunk::<SIZE>().map(widen)
+}
+
+#[inline(always)]
+fn widen<const SIZE: usize>(entry: &[u8; SIZE]) -> u64 {
     let mut wide = [0; 8];
     wide[..SIZE].copy_from_slice(entry);
-    Some(u64::from_le_bytes(wide))
+    u64::from_le_bytes(wide)
 }
 
 impl Source for Segment<'_> {
@@ -57,17 +62,30 @@ impl<'a> Image<'a> {
                 return refuse!("segment {:#x} overlaps the one that ends at {end:#x}", pair[1].base);
             }
         }
+        // No root and no entry names a table beyond.
+        segments.retain(|segment| segment.base <= PT_ADDR | 0xfff);
         Ok(Self { segments })
     }
 
-    /// The only segment, if there is no more than one.
-    #[must_use]
-    pub fn single(&self) -> Option<Segment<'a>> {
+    /// The only segment, if there is no more than one and entries are aligned in it, too.
+    pub(super) fn single(&self) -> Option<Aligned<'a>> {
         match self.segments[..] {
-            [] => Some(Segment { base: 0, bytes: &[] }),
-            [only] => Some(only),
+            [] => Some(Aligned(Segment { base: 0, bytes: &[] })),
+            [only] if only.base.is_multiple_of(8) => Some(Aligned(only)),
             _ => None,
         }
+    }
+}
+
+/// A segment that begins where an entry may: one comparison says whether an entry is in it.
+#[derive(Clone, Copy)]
+pub(super) struct Aligned<'a>(Segment<'a>);
+
+impl Source for Aligned<'_> {
+    #[inline(always)]
+    fn entry<const SIZE: usize>(&self, gpa: u64) -> Option<u64> {
+        let (entries, _) = self.0.bytes.as_chunks::<SIZE>();
+        entries.get(gpa.wrapping_sub(self.0.base) as usize / SIZE).map(widen)
     }
 }
 

@@ -1,9 +1,10 @@
 //! The walk itself, once for all modes.
 
 use crate::bits::{PT_A, PT_D, PT_G};
-use crate::cpu::{CpuRole, pdpte_reserved, permission_fault};
+use crate::cpu::pdpte_reserved;
 use crate::guest::gpte::Gpte;
 use crate::image::{Source, Viewer};
+use crate::mode::{BIT32, LEVEL4, Mode};
 use crate::types::{Access, Gva, Level};
 
 /// Why an address leads nowhere.
@@ -151,8 +152,8 @@ impl Viewer {
         gva: Gva,
         seen: &mut impl FnMut(Step),
     ) -> Next {
-        let (At { table, granted }, bits) = (at, if SIZE == 4 { 10 } else { 9 });
-        let index = (gva.0 >> (12 + bits * (level - 1))) as usize & ((1 << bits) - 1);
+        let At { table, granted } = at;
+        let index = layout::<SIZE>().index(gva, Level(level));
         let entry = source.entry::<SIZE>(table + (SIZE * index) as u64);
         let Some(raw) = entry else {
             seen(Step { level, table, index, entry, granted });
@@ -165,12 +166,12 @@ impl Viewer {
         if !leaf && gpte.present() && !gpte.has_reserved(&self.role, Level(level)) {
             return Next::Table(At { table: gpte.gfn().gpa().0, granted: rights });
         }
-        Next::End(self.last(gpte, level, gva, granted))
+        Next::End(self.last::<SIZE>(gpte, level, gva, granted))
     }
 
     /// What the last entry of a walk says: a leaf, or one that ends it otherwise.
     #[inline(always)]
-    pub(super) fn last(&self, gpte: Gpte, level: u8, gva: Gva, granted: Access) -> Found {
+    pub(super) fn last<const SIZE: usize>(&self, gpte: Gpte, level: u8, gva: Gva, granted: Access) -> Found {
         if !gpte.present() {
             return Found::nowhere(Fault::NotPresent, level, granted);
         }
@@ -178,16 +179,28 @@ impl Viewer {
             return Found::nowhere(Fault::Reserved, level, granted);
         }
         let rights = granted.and(gpte.access());
-        if permission_fault(&self.role, rights, self.access, false) {
+        if !self.allows(rights) {
             return Found::nowhere(Fault::Forbidden, level, rights);
         }
-        leaf(&self.role, gpte, level, gva, rights)
+        leaf::<SIZE>(gpte, level, gva, rights)
+    }
+
+    #[inline(always)]
+    pub(super) const fn allows(&self, rights: Access) -> bool {
+        self.forbidden >> rights.0 & 1 == 0
     }
 }
 
+/// A mode with entries of `SIZE` bytes: their tables and leaves are alike in all of them.
 #[inline(always)]
-fn leaf(role: &CpuRole, gpte: Gpte, level: u8, gva: Gva, rights: Access) -> Found {
-    let (first, pages) = (gpte.leaf_gfn(role.mode, Level(level)), role.mode.pages(Level(level)));
+pub(super) const fn layout<const SIZE: usize>() -> &'static Mode {
+    if SIZE == 4 { &BIT32 } else { &LEVEL4 }
+}
+
+#[inline(always)]
+pub(super) fn leaf<const SIZE: usize>(gpte: Gpte, level: u8, gva: Gva, rights: Access) -> Found {
+    let (mode, at) = (layout::<SIZE>(), Level(level));
+    let (first, pages) = (gpte.leaf_gfn(mode, at), mode.pages(at));
     let marks = (gpte.0 & (PT_A | PT_D)) >> 2 | (gpte.0 & PT_G) >> 3;
     debug_assert!(marks as u8 & !(ACCESSED | DIRTY | GLOBAL) == 0);
     let gpa = first.gpa().0 | gva.0 & ((pages << 12) - 1);
