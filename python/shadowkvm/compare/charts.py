@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from shadowkvm.compare.runs import Comparison
-from shadowkvm.compare.words import CROSSED, called, causes, spread, time_unit
+from shadowkvm.compare.words import CROSSED, called, causes, time_unit
 
 __all__ = ["crossover_chart", "pyplot", "time_chart"]
 
@@ -108,7 +108,8 @@ def crossover_chart(comparison: Comparison) -> str:
             axes.annotate(
                 comparison.costs.name, here, xycoords=("data", "axes fraction"), ha="center", parse_math=False
             )
-            low, high = spread(seen)
+            found = [value for value in seen if value > 0] or [1.0]
+            low, high = min(found), max(found)
             axes.set(xscale="log", yscale="log", ylim=(max(low * 0.7, high * 1e-6), high * 1.5))
             axes.set_xlabel("\n".join(textwrap.wrap(f"{called(comparison, cost)}, cycles", 48)), parse_math=False)
         panels[0].set_ylabel("modelled time, s")

@@ -14,17 +14,15 @@ from shadowkvm.compare.words import (
     CROSSED,
     EXACT,
     REACH,
-    against,
     called,
     causes,
     crossing_lines,
     per_unit,
     sentence,
-    time_unit,
+    time_rows,
     what_ran,
 )
 from shadowkvm.costs import COST_INFO
-from shadowkvm.report import rate_text
 
 __all__ = ["as_html"]
 
@@ -85,22 +83,10 @@ def _exact() -> str:
 
 
 def _time(comparison: Comparison) -> str:
-    shown, runs = causes(comparison), comparison.runs
-    size, unit = time_unit(max(run.account.seconds for run in runs))
-    has_units = per_unit(comparison, 1) is not None
-    each = [f"exits per {comparison.about['unit']}"] if has_units else []
+    shown, (unit, found) = causes(comparison), time_rows(comparison)
+    each = [] if per_unit(comparison, 1) is None else [f"exits per {comparison.about['unit']}"]
     heads = ["", "exits", *each, f"time, {unit}", "vs first", *(cause.label for cause in shown)]
-    rows = [
-        [
-            name,
-            f"{run.exits:,}",
-            *([rate_text(per_unit(comparison, run.exits))] if has_units else []),
-            f"{run.account.seconds / size:.3g}",
-            against(runs[0].account.cycles, run.account.cycles),
-            *(f"{run.account.share(cause.name):.1%}" for cause in shown),
-        ]
-        for name, run in zip(comparison.names(), runs, strict=True)
-    ]
+    rows = [cells + [f"{part:.1%}" for part in parts] for cells, parts in found]
     meaning = "".join(f"<dt>{escape(cause.label)}</dt><dd>{escape(cause.what)}</dd>" for cause in shown)
     caption = "Modelled time by cause; each exit is counted where it belongs."
     return (

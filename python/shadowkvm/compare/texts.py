@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from shadowkvm.compare.runs import Comparison, Ran
-from shadowkvm.compare.words import CROSSED, against, called, causes, crossing_lines, per_unit, time_unit, what_ran
-from shadowkvm.report import rate_text, table
+from shadowkvm.compare.words import CROSSED, against, called, causes, crossing_lines, per_unit, time_rows, what_ran
+from shadowkvm.report import table
 
 __all__ = ["SCHEMA", "as_csv", "as_json", "as_tables"]
 
@@ -49,16 +49,10 @@ def as_tables(comparison: Comparison) -> RenderableType:
 
 
 def _time_table(comparison: Comparison) -> RenderableType:
-    runs, shown = comparison.runs, causes(comparison)
-    size, unit = time_unit(max(run.account.seconds for run in runs))
-    first = runs[0].account.cycles
-    has_units = per_unit(comparison, 1) is not None
-    heads = ["", "exits", *(["each"] if has_units else []), unit, "vs 1st", *(cause.name for cause in shown)]
-    rows = []
-    for name, run in zip(comparison.names(), runs, strict=True):
-        each = [rate_text(per_unit(comparison, run.exits))] if has_units else []
-        row = [name, f"{run.exits:,}", *each, f"{run.account.seconds / size:.3g}", against(first, run.account.cycles)]
-        rows.append(row + [_percent(run.account.share(cause.name)) for cause in shown])
+    unit, found = time_rows(comparison)
+    each = [] if per_unit(comparison, 1) is None else ["each"]
+    heads = ["", "exits", *each, unit, "vs 1st", *(cause.name for cause in causes(comparison))]
+    rows = [cells + [_percent(part) for part in parts] for cells, parts in found]
     costs = comparison.costs
     return table(f"Modelled time by cause (costs: {costs.name}, {costs.title})", heads, rows)
 

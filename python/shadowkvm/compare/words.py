@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 from shadowkvm.compare.runs import Comparison, Ran
 from shadowkvm.costs import CAUSES, Cause
+from shadowkvm.report import rate_text
 
 __all__ = [
     "CROSSED",
@@ -19,8 +20,7 @@ __all__ = [
     "crossing_lines",
     "per_unit",
     "sentence",
-    "spread",
-    "time_unit",
+    "time_rows",
     "what_ran",
 ]
 
@@ -135,7 +135,18 @@ def called(comparison: Comparison, cost: str) -> str:
     return f"{CROSSED[cost]} (under nested paging {ratio:.3g} times as much)"
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the greatest of what is not 0; (1, 1) of nothing."""
-    found = [value for value in values if value > 0]
-    return (min(found), max(found)) if found else (1.0, 1.0)
+def time_rows(comparison: Comparison) -> tuple[str, list[tuple[list[str], list[float]]]]:
+    """The unit of modelled time, and what the table of it has for each variant.
+
+    That is its cells (name, exits, exits for each unit of work if there is one, time, against the first), and what part
+    of its time each cause takes.
+    """
+    runs, shown = comparison.runs, causes(comparison)
+    size, unit = time_unit(max(run.account.seconds for run in runs))
+    rows = []
+    for name, run in zip(comparison.names(), runs, strict=True):
+        each = per_unit(comparison, run.exits)
+        cells = [name, f"{run.exits:,}", *([] if each is None else [rate_text(each)])]
+        cells += [f"{run.account.seconds / size:.3g}", against(runs[0].account.cycles, run.account.cycles)]
+        rows.append((cells, [run.account.share(cause.name) for cause in shown]))
+    return unit, rows
