@@ -39,6 +39,9 @@ impl Audit<'_> {
             *any += 1;
             *real.regions.entry(page.gfn.0 >> REGION).or_default() += 1;
         }
+        self.expect(shadow.memory.books_are_slots(), |_| {
+            "bookkeeping that does not add up, or of frames in no memslot".into()
+        });
         for slot in shadow.memory.slots() {
             let end = slot.base.0 + slot.pages;
             let mut first = slot.base.0;

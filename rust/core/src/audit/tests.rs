@@ -116,6 +116,7 @@ fn broken_counts_are_found() {
     let counted = |vm: &mut Vm, begins| vm.shadow.memory.count_table(Gfn(5), false, begins);
     finds(|vm| assert_eq!(counted(vm, true)[1].0, 0), "noted are 6");
     finds(|vm| assert_eq!(counted(vm, false)[1].0, 0), "is shadowed by 1 pages, noted are 0");
+    finds(|vm| vm.shadow.memory.books_mut(Gfn(9)).unwrap().tables = 1, "bookkeeping that does not add up");
     let readonly = |vm: &mut Vm| vm.shadow.memory.slot_mut(Gfn(0)).unwrap().readonly = true;
     finds(readonly, "lets the guest write as it likes");
 }

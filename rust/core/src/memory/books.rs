@@ -192,6 +192,18 @@ impl Memory {
             && (0..parts).all(|part| self.disallow_2m(Gfn(first + part * ENTRIES as u64)) == 0)
     }
 
+    /// Whether nothing is kept of frames without a slot (whoever removes one has zapped all that it counted), and what is kept
+    /// of a region is the sum of its frames'.
+    pub(crate) fn books_are_slots(&self) -> bool {
+        self.host.frames.own().all(|(first, region)| {
+            let kept = region.books.iter().zip(first.0..).filter(|(books, _)| **books != SlotFrame::default());
+            let large =
+                region.rmap_2m == RmapHead::default() || self.slot(first).is_some_and(|s| s.covers(first, Level::PD));
+            let tables: u32 = region.books.iter().map(|books| u32::from(books.tables)).sum();
+            large && region.disallow_2m == tables && kept.into_iter().all(|(_, gfn)| self.has_slot(Gfn(gfn)))
+        })
+    }
+
     /// Every list of leaf entries of a slot that is not empty: first frame, level, head. Those of 1 GiB come last.
     pub fn rmaps<'a>(&'a self, slot: &'a Slot) -> impl Iterator<Item = (Gfn, Level, RmapHead)> + 'a {
         let (first, last) = (slot.base.0 >> 9, (slot.base.0 + slot.pages - 1) >> 9);

@@ -216,10 +216,15 @@ impl Frames {
         begun && mapped && frames.all(|frame| (frame.page() as usize) < pages)
     }
 
-    /// The frames of the regions that have something of their own.
+    /// The regions that have something of their own, with their first frame.
+    pub(super) fn own(&self) -> impl Iterator<Item = (Gfn, &Region)> + '_ {
+        let own = self.map.iter().enumerate().filter(|(_, number)| **number > WRITABLE);
+        own.map(|(at, number)| (Gfn((at as u64) << REGION_SHIFT), &*self.regions[*number as usize]))
+    }
+
+    /// The frames of these regions.
     pub(super) fn touched(&self) -> impl Iterator<Item = Gfn> + '_ {
-        let regions = self.map.iter().enumerate().filter(|(_, number)| **number > WRITABLE);
-        regions.flat_map(|(at, _)| (0..ENTRIES as u64).map(move |frame| Gfn((at as u64) << REGION_SHIFT | frame)))
+        self.own().flat_map(|(first, _)| (first.0..first.0 + ENTRIES as u64).map(Gfn))
     }
 
     /// Bytes that the host's side of the frames takes, but for the untouched part of the map, and those that KVM's takes.

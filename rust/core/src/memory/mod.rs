@@ -66,7 +66,8 @@ impl Memory {
         ids.sort_unstable();
         unless(ids.windows(2).all(|pair| pair[0] < pair[1]), "two memslots of one number")?;
         unless(self.ways_epoch > 0, "an epoch that never was")?;
-        self.host.check_bounds()
+        self.host.check_bounds()?;
+        unless(self.books_are_slots(), "bookkeeping that does not add up, or of frames in no memslot")
     }
 
     /// The slot that holds a frame.
