@@ -67,7 +67,7 @@ mod tests {
     use crate::config::Config;
     use crate::cpu::Top;
     use crate::policy::Kvm;
-    use crate::types::{PageId, RmapHead};
+    use crate::types::{Gfn, Gpa, Level, PageId, RmapHead};
 
     fn saved() -> SavedVm {
         let Vm { shadow, vcpus, sites, .. } = Vm::new(16 << 20, 2, Config::default(), Box::new(Kvm), 0).unwrap();
@@ -96,9 +96,31 @@ mod tests {
         refuses(|s| s.vcpus[0].root = Root { top: Top::Page(PageId(7)), pgd: 0 }, "beyond the last page");
         refuses(|s| s.shadow.unsync_queue.push_back(PageId(0)), "beyond the last page");
         let list = |s: &mut SavedVm| {
-            *s.shadow.memory.rmap_mut(crate::types::Gfn(3), crate::types::Level::PT).unwrap() = RmapHead(8);
+            *s.shadow.memory.rmap_mut(Gfn(3), Level::PT).unwrap() = RmapHead(8);
         };
         refuses(list, "list of entries");
+    }
+
+    #[test]
+    fn bookkeeping_that_is_no_slots_is_refused() {
+        let far = |s: &mut SavedVm, level, head| {
+            // A slot that begins inside of 2 MiB and of 1 GiB.
+            s.shadow.memory.add_slot(1, Gpa(65 << 20), 4 << 20, false, 48).unwrap();
+            *s.shadow.memory.rmap_mut(Gfn(65 << 8), level).unwrap() = RmapHead(head);
+        };
+        refuses(|s| far(s, Level::PDPT, 8), "not its own");
+        refuses(|s| far(s, Level::PD, 8), "does not add up");
+        let gone = |s: &mut SavedVm| {
+            far(s, Level::PT, 8);
+            s.shadow.memory.remove_slot(1);
+        };
+        refuses(gone, "no memslot");
+        let counted = |s: &mut SavedVm| {
+            far(s, Level::PT, 0);
+            s.shadow.memory.books_mut(Gfn(65 << 8)).unwrap().tables = 0xffff;
+            s.shadow.memory.remove_slot(1);
+        };
+        refuses(counted, "no memslot");
     }
 
     #[test]

@@ -40,9 +40,6 @@ impl Ctx<'_> {
         let (mut id, mut path) = (root, [root; 5]);
         let memorable = walk.level == Level::PT && !self.vcpu.role.mode.pdptes && walk.tables_are_accessed(top);
         for level in (walk.level.0 + 1..=top.0).rev() {
-            if memorable && level == 2 {
-                self.ways.remember_directory((root, fault.gva), self.shadow, &path, walk);
-            }
             match self.descend_indirect(id, Level(level), fault, walk) {
                 Some(child) => id = child,
                 None => return RetPf::Retry,
@@ -50,6 +47,7 @@ impl Ctx<'_> {
             path[usize::from(level) - 2] = id;
         }
         if memorable {
+            self.ways.remember_directory((root, fault.gva), self.shadow, &path, walk);
             let (pde, last) = (walk.steps[1].pte, walk.steps[0]);
             let contents = self.shadow.memory.host.contents(last.table);
             self.ways.remember(fault.gva, id, (pde, contents, last.access));

@@ -185,7 +185,11 @@ impl Ctx<'_> {
     }
 
     #[cold]
-    fn protected(&self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
+    fn protected(&mut self, root: PageId, gva: Gva, gfn: Gfn) -> Quick {
+        if self.ways.walk(root, gva, self.shadow).is_none() {
+            // Another GiB has the place of its directory.
+            self.seek_way(root, gva);
+        }
         let walk = self.ways.walk(root, gva, self.shadow);
         Quick::Protected { write_to_table: walk.is_some_and(|walk| self.writes_own_table(&GuestWalk { gfn, ..walk })) }
     }

@@ -104,7 +104,7 @@ impl Memory {
     /// Gives the region around a frame that has a slot room of its own; it is open if it can be. Its number.
     #[inline(never)]
     fn begin(&mut self, gfn: Gfn) -> Option<u32> {
-        let slot = self.slot(gfn)?;
+        let slot = self.slot_mut(gfn)?;
         let open = !slot.readonly && !slot.logs_dirty() && slot.covers(gfn, Level::PD);
         self.host.frames.region_mut(gfn).open = open;
         Some(self.host.frames.number(gfn))
@@ -214,9 +214,10 @@ impl Memory {
             let pages = books.map(move |(k, books)| (Gfn(gfn.0 + k as u64), Level::PT, books.rmap));
             pages.chain(std::iter::once((gfn, Level::PD, region.rmap_2m)))
         });
-        let giant = slot.giants().map(|(gfn, head)| (gfn, Level::PDPT, head));
         // At its ends a slot shares regions with its neighbours.
-        small.chain(giant).filter(|(gfn, _, head)| *head != RmapHead::default() && slot.holds(*gfn))
+        let small = small.filter(|(gfn, _, _)| slot.holds(*gfn));
+        let giant = slot.giants().map(|(gfn, head)| (gfn, Level::PDPT, head));
+        small.chain(giant).filter(|(_, _, head)| *head != RmapHead::default())
     }
 
     /// The lists with leaf entries that map a part of `from` to `to` (exclusive), both in one slot: first frame in it,

@@ -201,7 +201,7 @@ impl Frames {
         *number
     }
 
-    /// Whether every frame has contents below `pages`, and the map leads to regions that are there.
+    /// Whether every frame has contents below `pages`, and the map leads to regions that are there, to each of its own once.
     pub(super) fn leads_below(&self, pages: usize) -> bool {
         let begun = self.regions.first_chunk().is_some_and(|[absent, writable]| {
             let all = |region: &Region, state| region.frames.iter().all(|frame| *frame == Frame::new(state, 0));
@@ -212,8 +212,11 @@ impl Frames {
             all(absent, HostState::Absent) && all(writable, HostState::Writable) && free(absent) && free(writable)
         });
         let mapped = self.map.iter().all(|number| (*number as usize) < self.regions.len());
+        let mut own: Vec<_> = self.map.iter().filter(|number| **number > WRITABLE).collect();
+        own.sort_unstable();
+        let once = own.windows(2).all(|pair| pair[0] < pair[1]);
         let mut frames = self.regions.iter().flat_map(|region| &region.frames);
-        begun && mapped && frames.all(|frame| (frame.page() as usize) < pages)
+        begun && mapped && once && frames.all(|frame| (frame.page() as usize) < pages)
     }
 
     /// The regions that have something of their own, with their first frame.
@@ -278,5 +281,14 @@ mod tests {
             assert!(!frames.is_untouched(gfn, HostState::Writable));
         }
         assert!(frames.is_untouched(Gfn(1 << 19), HostState::Writable));
+    }
+
+    #[test]
+    fn two_places_of_one_region_are_none() {
+        let mut frames = Frames::new(1 << 12);
+        frames.set(Gfn(700), Frame::new(HostState::Zero, 0));
+        assert!(frames.leads_below(1), "many places share what nobody touched");
+        frames.map[5] = frames.map[1];
+        assert!(!frames.leads_below(1));
     }
 }

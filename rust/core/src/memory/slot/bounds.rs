@@ -3,7 +3,7 @@
 use super::{Slot, parts};
 use crate::config::{MAX_GPA_BITS, MAX_MEMORY, MAX_SLOTS};
 use crate::error::InvariantError;
-use crate::types::PAGE_SHIFT;
+use crate::types::{Level, PAGE_SHIFT, RmapHead};
 
 impl Slot {
     /// Refuses a range that no slot can have, and bookkeeping of another size.
@@ -14,7 +14,8 @@ impl Slot {
         let sized = (1..=MAX_MEMORY >> PAGE_SHIFT).contains(&self.pages);
         unless(fits && sized && usize::from(self.id) < MAX_SLOTS, "a memslot of impossible number, place or size")?;
         let logged = self.dirty.as_ref().is_none_or(|bits| bits.len() as u64 == self.pages.div_ceil(64));
-        let giant = self.giant.len() == parts(self.base, self.pages, 18);
-        unless(logged && giant, "a memslot with the bookkeeping of another size")
+        let giant = self.giant.len() == parts(self.base, self.pages, 18)
+            && self.giants().all(|(gfn, head)| head == RmapHead::default() || self.covers(gfn, Level::PDPT));
+        unless(logged && giant, "a memslot with bookkeeping that is not its own")
     }
 }
