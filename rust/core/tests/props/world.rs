@@ -32,6 +32,18 @@ pub(crate) const SITES: [u64; 6] = [0, 0x18_0000, 0x18_3000, 0x18_0fff, 0x7f00_0
 /// 2 MiB of the host behind slot 0 that may be one page.
 pub(crate) const HUGE: [u64; 4] = [0x40_0000, 0x60_0000, 0x80_0000, 0xe0_0000];
 
+/// Where slot 0 is cut into several: nowhere; through the data of the guest; through its tables, with a hole in the data. The
+/// pieces share regions of 2 MiB.
+const CUTS: [&[(u64, u8)]; 3] = [
+    &[(0, 0)],
+    &[(0, 0), (0x103, 0), (0x105, LOGGED), (0x10b, 0), (0x5ff, 0)],
+    &[(0, 0), (0x1a, 0), (0x26, 0), (0x104, READONLY), (0x106, HOLE), (0x107, 0), (0x200, 0)],
+];
+/// Flags of SLOT_ADD, and one that leaves a piece out.
+const READONLY: u8 = 1;
+const LOGGED: u8 = 2;
+const HOLE: u8 = 4;
+
 /// Which accidents may happen.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
@@ -52,6 +64,8 @@ pub(crate) struct Start {
     pub(crate) nx_huge_pages: bool,
     pub(crate) policy: &'static str,
     pub(crate) host_pages: HostState,
+    /// The pieces of slot 0: first frame, flags.
+    pub(crate) cuts: &'static [(u64, u8)],
     /// The second slot is there, with these flags of SLOT_ADD.
     pub(crate) slot1: Option<u8>,
     pub(crate) quota: Option<u64>,
@@ -74,6 +88,7 @@ impl fmt::Debug for Start {
     /// A line; failures print hundreds of values.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} nx_huge_pages {} policy {} ", self.cpu.name, self.nx_huge_pages, self.policy)?;
+        write!(f, "{:x?} ", self.cuts)?;
         write!(f, "{:?} slot1 {:?} quota {:?} devices {} [", self.host_pages, self.slot1, self.quota, self.devices)?;
         self.flaws.iter().try_for_each(|(frame, index, entry)| write!(f, " {frame:x}[{index}]={entry:x}"))?;
         write!(f, " ]")
@@ -104,6 +119,7 @@ impl Start {
             nx_huge_pages: false,
             policy: "kvm",
             host_pages: HostState::Writable,
+            cuts: CUTS[0],
             slot1: None,
             quota: None,
             devices: false,
@@ -118,6 +134,7 @@ impl Start {
         let mut vm = Vm::new(self.memory(), 2, config, policy, events).expect("a good configuration");
         self.set_host_pages(&mut vm);
         self.fill(&mut vm);
+        self.cut(&mut vm);
         for vcpu in 0..2 {
             vm.set_sregs(vcpu, Registers { cr3: 0x1000, ..Registers::default() }).expect("long mode");
         }
@@ -137,6 +154,21 @@ impl Start {
         let (gpa, bytes) = if self.host_pages == HostState::Huge1g { (1 << 30, 1 << 30) } else { (0, self.memory()) };
         if self.host_pages != HostState::Writable {
             vm.set_host_pages(Gpa(gpa), bytes, self.host_pages).expect("a range of slot 0");
+        }
+    }
+
+    /// The first piece keeps the number of the slot; the others have those from 2 on.
+    fn cut(&self, vm: &mut Vm) {
+        if self.cuts.len() == 1 {
+            return;
+        }
+        vm.delete_slot(0).expect("it was there");
+        let ends = self.cuts.iter().skip(1).map(|(first, _)| *first).chain([self.memory() >> 12]);
+        for (number, ((first, flags), end)) in [0].into_iter().chain(2..).zip(self.cuts.iter().zip(ends)) {
+            if flags & HOLE == 0 {
+                let (gpa, bytes) = (Gpa(first << 12), (end - first) << 12);
+                vm.add_slot(number, gpa, bytes, flags & READONLY != 0, flags & LOGGED != 0).expect("beside the others");
+            }
         }
     }
 
@@ -286,16 +318,19 @@ pub(crate) fn start(rules: Rules) -> BoxedStrategy<Start> {
         1 => Just(HostState::Shared),
         1 => Just(HostState::Huge1g),
     ];
+    // The last have devices in them.
+    let cuts = prop_oneof![4 => Just(CUTS[0]), 1 => Just(CUTS[1]), 1 => Just(CUTS[1 + usize::from(rules.devices)])];
     let slot1 = prop_oneof![3 => Just(None), 1 => (0u8..4).prop_map(Some)];
     let quota = prop::option::of(Just(64u64));
     let cpu = (select(vec![ZEN, QEMU_TCG]), select(KERNELS.to_vec()));
-    (cpu, prop::bool::weighted(0.3), policy, host, slot1, quota, flaws(rules))
-        .prop_map(move |((cpu, kernel), nx_huge_pages, policy, host_pages, slot1, quota, flaws)| Start {
+    (cpu, prop::bool::weighted(0.3), policy, host, (cuts, slot1), quota, flaws(rules))
+        .prop_map(move |((cpu, kernel), nx_huge_pages, policy, host_pages, (cuts, slot1), quota, flaws)| Start {
             cpu,
             kernel,
             nx_huge_pages,
             policy,
             host_pages,
+            cuts,
             slot1,
             quota,
             devices: rules.devices,
