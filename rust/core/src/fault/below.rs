@@ -47,8 +47,17 @@ impl Ctx<'_> {
         let wanted = way.role_below(pos, granted);
         let in_order =
             pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
-        let near = if in_order { self.shadow.memory.near(pde.gfn()) } else { None };
-        let Some(near) = near.filter(|near| near.is_plain(pde.gfn())) else { return Some(Quick::No) };
+        if !in_order {
+            return Some(Quick::No);
+        }
+        let Some(near) = self.shadow.memory.near(pde.gfn()) else {
+            // The whole way takes it; the next one finds the region open if it can be.
+            self.shadow.memory.opens(pde.gfn());
+            return Some(Quick::No);
+        };
+        if !near.is_plain(pde.gfn()) {
+            return Some(Quick::No);
+        }
         let last = LastTable { contents: near.contents(pde.gfn()), granted };
         if self.shadow.spte(pos) == Spte::EMPTY {
             return self.fault_without_table(gva, (row, code), pos, Below { pde, last, wanted });

@@ -52,7 +52,11 @@ impl Ctx<'_> {
             Translation::Fault(base) => return Written::Forbidden(base),
             Translation::Other => return Written::No,
         };
-        let Some(mut near) = self.shadow.memory.near(gfn) else { return Written::No };
+        let Some(mut near) = self.shadow.memory.near(gfn) else {
+            // The whole way takes it; the next one finds the region open if it can be.
+            self.shadow.memory.opens(gfn);
+            return Written::No;
+        };
         let Some(frame) = near.writable_frame(gfn).copied() else { return Written::No };
         let (contents, gpa) = (near.contents(gfn), Gpa(gfn.gpa().0 | gva.offset()));
         if frame.track > 0 {
