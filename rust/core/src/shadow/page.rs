@@ -12,8 +12,6 @@ const BUCKETS: usize = 1 << 12;
 /// The kernel's `GOLDEN_RATIO_64`.
 const HASH_FACTOR: u64 = 0x61c8_8646_80b5_83eb;
 const NONE: u32 = u32::MAX;
-/// Pages that the arena has room for at first: the least quota.
-const FIRST_PAGES: usize = 64;
 
 /// A set of entry indexes of one page.
 pub type Bitmap = [u64; ENTRIES / 64];
@@ -80,7 +78,7 @@ impl Page {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Arena {
     pages: Vec<Page>,
-    /// The entries of all pages, one page after the other; longer than `pages` so that growth is rare.
+    /// The entries of all pages, one page after the other.
     #[serde(with = "crate::words::list")]
     sptes: Vec<u64>,
     /// The frame and rights that an entry of a page with gptes was made from.
@@ -173,20 +171,11 @@ impl Arena {
         let id = PageId(self.pages.len() as u32);
         self.pages.push(page);
         self.unlinks.push(0);
-        if self.sptes.len() < self.pages.len() * ENTRIES {
-            self.grow();
+        // By a page at a time: the allocator moves a long list without touching it, and most entries are used soon.
+        for entries in [&mut self.sptes, &mut self.shadowed] {
+            entries.resize(entries.len() + ENTRIES, 0);
         }
         id
-    }
-
-    /// Doubles the room for entries. Fresh zeroed memory costs nothing until it is touched.
-    fn grow(&mut self) {
-        let room = (self.sptes.len() * 2).max(FIRST_PAGES * ENTRIES);
-        for entries in [&mut self.sptes, &mut self.shadowed] {
-            let mut larger = vec![0; room];
-            larger[..entries.len()].copy_from_slice(entries);
-            *entries = larger;
-        }
     }
 
     /// Gives a page back that holds no entry any more and is off the active list.

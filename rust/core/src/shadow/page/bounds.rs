@@ -13,7 +13,7 @@ impl Arena {
         let rooms = [self.sptes.len(), self.shadowed.len()];
         // Twice the quota: pages that are zapped and still roots are beyond it.
         let sized = count as u64 <= 2 * MAX_QUOTA && self.unlinks.len() == count && self.buckets.len() == BUCKETS;
-        let room = rooms[0] == rooms[1] && rooms[0] >= count * ENTRIES;
+        let room = rooms == [count * ENTRIES; 2];
         unless(sized && room, "as many shadow pages as entries there are not")?;
         let is_link = |at: &u32| *at == NONE || (*at as usize) < count;
         let ends = [self.newest, self.oldest];
