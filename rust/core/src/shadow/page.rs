@@ -322,16 +322,15 @@ const fn bucket(gfn: Gfn) -> usize {
 /// The members of a set, ascending.
 pub fn bits(set: &Bitmap) -> impl Iterator<Item = usize> + use<> {
     let set = *set;
-    (0..set.len()).flat_map(move |word| {
-        let mut rest = set[word];
-        std::iter::from_fn(move || {
-            if rest == 0 {
-                return None;
-            }
-            let bit = rest.trailing_zeros() as usize;
-            rest &= rest - 1;
-            Some(word * 64 + bit)
-        })
+    let (mut word, mut rest) = (0, set[0]);
+    std::iter::from_fn(move || {
+        while rest == 0 {
+            word += 1;
+            rest = *set.get(word)?;
+        }
+        let bit = rest.trailing_zeros() as usize;
+        rest &= rest - 1;
+        Some(word * 64 + bit)
     })
 }
 
