@@ -1,7 +1,7 @@
 """Takes pictures of real kernels' page tables: boots Debian's kernels in QEMU (TCG) and asks its monitor.
 
     python -m tests.conformance.tools.memory_image            # all machines, half a minute each
-    python -m tests.conformance.tools.memory_image pae --root32 /tmp/i386
+    python -m tests.conformance.tools.memory_image pae --root32 i386-root
 
 Needs qemu-system-x86, gcc, a 6.1 kernel of Debian's under /boot, and for the 32-bit machines the unpacked packages
 (`dpkg-deb -x`) linux-image-6.1.0-*-686 and -686-pae under --root32. The guest is memory_image.c. Each process that is

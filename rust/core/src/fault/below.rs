@@ -37,19 +37,12 @@ impl Ctx<'_> {
                 return None;
             }
         };
-        let (host, role) = (&self.shadow.memory.host, &self.vcpu.role);
-        let contents = way.contents(host);
-        let pde = Gpte(match role.mode.entry_bytes {
-            8 => host.words_in(contents)[gva.index(Level::PD)],
-            bytes => host.entry_in(contents, role.mode.index(gva, Level::PD), bytes),
-        });
-        let (pos, granted) = (way.directory().entry(gva.index(Level::PD)), way.granted().and(pde.access()));
-        let wanted = way.role_below(pos, granted);
-        let in_order =
-            pde.present() && pde.accessed() && !pde.has_reserved(role, Level::PD) && !pde.is_leaf(role, Level::PD);
-        if !in_order {
+        let pde = self.entry_in(way.contents(&self.shadow.memory.host), gva, Level::PD);
+        if !pde.leads_on(&self.vcpu.role, Level::PD) {
             return Some(Quick::No);
         }
+        let (pos, granted) = (way.directory().entry(gva.index(Level::PD)), way.granted().and(pde.access()));
+        let wanted = way.role_below(pos, granted);
         let Some(near) = self.shadow.memory.near(pde.gfn()) else {
             // The whole way takes it; the next one finds the region open if it can be.
             self.shadow.memory.opens(pde.gfn());

@@ -179,8 +179,7 @@ impl Ctx<'_> {
     /// The fault is taken, and is the guest's own.
     #[inline(always)]
     pub(crate) fn guest_fault(&mut self, gva: Gva, base: ErrorCode, code: ErrorCode) -> GuestFault {
-        self.count_fault(code);
-        self.vcpu.counters.pf_taken += 1;
+        self.count_quick(code);
         GuestFault { address: gva, code: fault_code(&self.vcpu.role, base, code) }
     }
 
@@ -205,15 +204,21 @@ impl Ctx<'_> {
         Some(self.shadow.set_leaf(pos, &leaf))
     }
 
+    /// The guest's entry for an address in a table of which the contents are known.
+    #[inline(always)]
+    pub(super) fn entry_in(&self, contents: Contents, gva: Gva, level: Level) -> Gpte {
+        let (host, mode) = (&self.shadow.memory.host, self.vcpu.role.mode);
+        Gpte(match mode.entry_bytes {
+            8 => host.words_in(contents)[gva.index(level)],
+            bytes => host.entry_in(contents, mode.index(gva, level), bytes),
+        })
+    }
+
     /// What the guest's last-level entry says.
     #[inline(always)]
     pub(super) fn plain_translation(&self, last: LastTable, gva: Gva, row: AccessRow) -> Translation {
         let (role, granted) = (&self.vcpu.role, last.granted);
-        let host = &self.shadow.memory.host;
-        let gpte = Gpte(match role.mode.entry_bytes {
-            8 => host.words_in(last.contents)[gva.index(Level::PT)],
-            bytes => host.entry_in(last.contents, role.mode.index(gva, Level::PT), bytes),
-        });
+        let gpte = self.entry_in(last.contents, gva, Level::PT);
         if !gpte.present() {
             return Translation::Fault(ErrorCode(0));
         }

@@ -54,8 +54,7 @@ impl Ctx<'_> {
         let index = role.mode.index(gva, level);
         let pte = Gpte(self.shadow.memory.host.entry(step.table, index, role.mode.entry_bytes));
         step.pte = pte;
-        let plain = pte.present() && pte.accessed() && !pte.has_reserved(role, level) && !pte.is_leaf(role, level);
-        if !plain || !self.is_readable(pte.gfn()) {
+        if !pte.leads_on(role, level) || !self.is_readable(pte.gfn()) {
             return None;
         }
         let below = Step { table: pte.gfn(), pte: Gpte(0), access: step.access.and(pte.access()) };

@@ -111,9 +111,8 @@ impl Ctx<'_> {
         if self.vcpu.mmio_matches(gva, generation) || self.vcpu.mmio_gfn_matches(gfn, generation) || gfn.0 == APIC_GFN {
             return Written::No;
         }
-        self.count_fault(store_code(row));
+        self.count_quick(store_code(row));
         let counters = &mut self.vcpu.counters;
-        counters.pf_taken += 1;
         counters.pf_emulate += 1;
         counters.insn_emulation += 1;
         self.forget_floods(gva);

@@ -35,6 +35,13 @@ impl Gpte {
         level.0 == 1 || level.0 <= role.largest.0 && self.0 & PT_PS != 0
     }
 
+    /// Whether a walk goes on to a table by the entry, and changes nothing in it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leads_on(self, role: &CpuRole, level: Level) -> bool {
+        self.present() && self.accessed() && !self.has_reserved(role, level) && !self.is_leaf(role, level)
+    }
+
     /// Whether a reserved bit is set (`is_rsvd_bits_set`, 6.1).
     #[inline]
     #[must_use]
